@@ -1,0 +1,38 @@
+# make demo: train, evaluate, save, reopen a small CLIP on real pictures.  make test: the suite and the linter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One BLAS/OpenMP thread per worker: the workers already fill the cores.
+WORKERS ?= auto
+
+.PHONY: demo demo-smoke test lint format clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python training/demo_clip.py training/recipes/clip_emoji.yaml --output_dir outputs/demo
+
+demo-smoke: $(STAMP)
+	$(BIN)/python training/demo_clip.py training/recipes/clip_smoke.yaml --output_dir outputs/demo-smoke
+
+test: lint
+	$(BIN)/coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n $(WORKERS) -m "not gpu and not slow"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .venv-peers outputs build dist .coverage* .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

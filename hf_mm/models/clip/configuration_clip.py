@@ -1,0 +1,177 @@
+"""Configurations of CLIP and its towers (Radford et al. 2021, arXiv 2103.00020)."""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from ...nn.patches import to_pair
+from ...nn.positions import INTERPOLATIONS
+from ..vit.configuration_vit import validate_patches, validate_transformer
+
+TRANSFORMERS_TYPES = {"clip": "mm_clip", "clip_text_model": "mm_clip_text", "clip_vision_model": "mm_clip_vision"}
+
+
+class _ReadsTransformersClip:
+    """Reads a ``config.json`` that transformers' own CLIP wrote as if one of ours had written it."""
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        if config_dict.get("model_type") in TRANSFORMERS_TYPES:
+            config_dict = from_transformers_config(config_dict)
+        return config_dict, kwargs
+
+
+def from_transformers_config(config_dict: dict) -> dict:
+    """Translates the config of transformers' CLIP, or of one of its towers, into the fields of ours.
+
+    Old files carry ``eos_token_id: 2``, which means "the largest id of the row": the end token is the last of the
+    vocabulary. They also repeat the towers under ``text_config_dict`` and ``vision_config_dict``.
+    """
+    config_dict = dict(config_dict)
+    config_dict["model_type"] = TRANSFORMERS_TYPES.get(config_dict.get("model_type"), config_dict.get("model_type"))
+    for name, model_type in (("text_config", "clip_text_model"), ("vision_config", "clip_vision_model")):
+        repeated = config_dict.pop(f"{name}_dict", None) or {}
+        if name in config_dict:
+            tower = {"model_type": model_type, **(config_dict[name] or {}), **repeated}
+            config_dict[name] = from_transformers_config(tower)
+    if config_dict["model_type"] == "mm_clip_text" and config_dict.get("eos_token_id") == 2:
+        config_dict["eos_token_id"] = config_dict.get("vocab_size", MMClipTextConfig.vocab_size) - 1
+    if config_dict["model_type"] == "mm_clip_vision":
+        config_dict.setdefault("pos_embed_interpolation", "bicubic")
+    return config_dict
+
+
+@strict
+class MMClipTextConfig(_ReadsTransformersClip, PreTrainedConfig):
+    """CLIP's text tower. The defaults are those of ViT-B/32.
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size: width of the tokens.
+        intermediate_size: width of the MLPs.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: must divide `hidden_size`.
+        max_position_embeddings: the context, the longest text in tokens.
+        hidden_act: ``quick_gelu`` for the original weights, ``gelu`` for most later ones.
+        layer_norm_eps: eps of every LayerNorm.
+        attention_dropout: on attention weights.
+        projection_dim: width of the joint space; used by the dual model.
+        initializer_factor: scales every initial standard deviation.
+        pad_token_id: fills short rows on the right; never seen by the pooled token.
+        bos_token_id: first token of every text.
+        eos_token_id: the text is pooled where this id first occurs.
+    """
+
+    model_type = "mm_clip_text"
+    base_config_key = "text_config"
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: int | float = 0.0
+    projection_dim: int | None = 512
+    initializer_factor: int | float = 1.0
+    pad_token_id: int | None = 49407
+    bos_token_id: int | None = 49406
+    eos_token_id: int = 49407
+
+    def validate_architecture(self):
+        """Refuses combinations of fields that no model can be built from."""
+        validate_transformer(self)
+        if not 0 <= self.eos_token_id < self.vocab_size:
+            raise ValueError(
+                f"eos_token_id ({self.eos_token_id}) must be an id of the vocabulary, which has {self.vocab_size}: "
+                "texts are pooled at that token."
+            )
+
+
+@strict
+class MMClipVisionConfig(_ReadsTransformersClip, PreTrainedConfig):
+    """CLIP's Vision Transformer tower. The defaults are those of ViT-B/32.
+
+    Args:
+        hidden_size: width of the tokens.
+        intermediate_size: width of the MLPs.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: must divide `hidden_size`.
+        num_channels: of the pictures.
+        image_size: side, or ``(height, width)``, that the position table is made for.
+        patch_size: side, or ``(height, width)``, of a patch; must tile `image_size`.
+        hidden_act: ``quick_gelu`` for the original weights, ``gelu`` for most later ones.
+        layer_norm_eps: eps of every LayerNorm.
+        attention_dropout: on attention weights.
+        projection_dim: width of the joint space; used by the dual model.
+        pos_embed_interpolation: how the position table follows another grid, one of ``"bicubic_antialias"``
+            (open_clip), ``"bicubic"`` (transformers), ``"bilinear_corners"``.
+        initializer_factor: scales every initial standard deviation.
+    """
+
+    model_type = "mm_clip_vision"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: int | float = 0.0
+    projection_dim: int | None = 512
+    pos_embed_interpolation: str = "bicubic_antialias"
+    initializer_factor: int | float = 1.0
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches at `image_size`."""
+        (height, width), patch = to_pair(self.image_size), to_pair(self.patch_size)
+        return height // patch[0], width // patch[1]
+
+    def validate_architecture(self):
+        """Refuses combinations of fields that no model can be built from."""
+        validate_transformer(self)
+        validate_patches(self)
+        if self.pos_embed_interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"pos_embed_interpolation must be one of {', '.join(INTERPOLATIONS)}, "
+                f"not {self.pos_embed_interpolation!r}."
+            )
+
+
+@strict
+class MMClipConfig(_ReadsTransformersClip, PreTrainedConfig):
+    """CLIP: a picture tower and a text tower that meet in one space.
+
+    Args:
+        vision_config: config, or dict of one, of the picture tower; a dict without ``model_type`` is an
+            `MMClipVisionConfig`. ``mm_vit`` is the other choice.
+        text_config: config, or dict of one, of the text tower.
+        projection_dim: width of the joint space.
+        logit_scale_init_value: logarithm of the factor that multiplies cosine similarities; ln(1 / 0.07) at first.
+        initializer_factor: scales the initial standard deviation of both projections.
+    """
+
+    model_type = "mm_clip"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="mm_clip_vision"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="mm_clip_text"),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 512
+    logit_scale_init_value: int | float = math.log(1 / 0.07)
+    initializer_factor: int | float = 1.0
+
+
+__all__ = ["MMClipConfig", "MMClipTextConfig", "MMClipVisionConfig"]

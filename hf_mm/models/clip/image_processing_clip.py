@@ -1,0 +1,110 @@
+"""Image processors of CLIP: shorter side to n, centre crop, normalise, as the published weights were trained and used."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, SizeDict
+from transformers.processing_utils import ImagesKwargs
+
+from hf_mm.image_utils import RGBImageProcessorPil, RGBImageProcessorTorchvision, picture_size
+
+
+class MMClipImageProcessorKwargs(ImagesKwargs, total=False):
+    """Options of the CLIP image processors beyond those of transformers.
+
+    Args:
+        convert_rgb_first: Convert to RGB before resizing (default). False converts after it as the original code does,
+            which differs for palette pictures (resized by nearest neighbour) and for varying transparency.
+    """
+
+    convert_rgb_first: bool | None
+
+
+class _ClipRecipe:
+    """Settings and crop rule that both backends share."""
+
+    valid_kwargs = MMClipImageProcessorKwargs
+    resample = Image.Resampling.BICUBIC
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    size = {"shortest_edge": 224}
+    default_to_square = False
+    crop_size = {"height": 224, "width": 224}
+    do_center_crop = True
+    convert_rgb_first = True
+
+    def __init__(self, **kwargs):
+        super().__init__(**_crop_follows_size(kwargs))
+
+    def preprocess(self, images: Any, *args, **kwargs):
+        return super().preprocess(images, *args, **_crop_follows_size(kwargs))
+
+    def process_image(
+        self, image: Any, do_resize: bool = False, size: SizeDict | None = None, do_center_crop: bool = False, **kwargs
+    ) -> Image.Image | np.ndarray | torch.Tensor:
+        """Open one picture; of a strip that is to be resized and cropped, only the middle."""
+        picture = super().process_image(image, **kwargs)
+        return _middle_of_strip(picture) if do_resize and do_center_crop and size.shortest_edge else picture
+
+    def center_crop(self, image: np.ndarray | torch.Tensor, size: SizeDict, **kwargs) -> np.ndarray | torch.Tensor:
+        """Cut the centre (..., height, width) out; a smaller picture gets black margins, the odd pixel at the far end.
+
+        The offset is `round((side - crop) / 2)` with Python's rounding to even, as in the reference recipe.
+        """
+        margins = [max(size.height - image.shape[-2], 0), max(size.width - image.shape[-1], 0)]
+        if any(margins):
+            image = self._add_margins(image, *((margin // 2, margin - margin // 2) for margin in margins))
+        top = round((image.shape[-2] - size.height) / 2)
+        left = round((image.shape[-1] - size.width) / 2)
+        return image[..., top : top + size.height, left : left + size.width]
+
+
+class MMClipImageProcessorPil(_ClipRecipe, RGBImageProcessorPil):
+    """CLIP's image processor on PIL: the reference recipe to the last bit, and the default.
+
+    Resize the shorter side to n (PIL bicubic, antialiased; longer side truncated), cut the n x n centre, divide by 255,
+    subtract the mean and divide by the standard deviation. Takes PIL images, numpy and torch arrays, paths, bytes.
+
+    Args:
+        size: n, or `{"shortest_edge": n}`, or `{"height": h, "width": w}` to squash.
+        crop_size: n, or `{"height": h, "width": w}`; follows `size` where only that is given.
+        convert_rgb_first: See [`MMClipImageProcessorKwargs`].
+        **kwargs: The other options of transformers' image processors.
+
+    Source:
+        Radford et al. 2021, section 2.5 and the published code.
+    """
+
+    def _add_margins(self, image: np.ndarray, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+        return np.pad(image, ((0, 0), rows, columns))
+
+
+class MMClipImageProcessor(_ClipRecipe, RGBImageProcessorTorchvision):
+    """CLIP's image processor on torchvision, for batches on an accelerator; within two grey levels of the PIL one."""
+
+    def _add_margins(self, image: torch.Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
+        return torch.nn.functional.pad(image, (*columns, *rows))
+
+
+def _middle_of_strip(picture: Image.Image | np.ndarray | torch.Tensor) -> Image.Image | np.ndarray | torch.Tensor:
+    """Cut a strip more than 100 times as long as wide to about that, before resizing makes it huge; the crop never sees
+    the ends. What goes is a multiple of twice the width at both ends, so that the crop falls on the same pixels.
+    """
+    width, height = picture_size(picture)
+    short = min(width, height)
+    cut = 2 * short * max((max(width, height) // short - 97) // 4, 0)
+    left, top = (cut, 0) if width > height else (0, cut)
+    if not cut:
+        return picture
+    if isinstance(picture, Image.Image):
+        return picture.crop((left, top, width - left, height - top))
+    return picture[:, top : height - top, left : width - left]
+
+
+def _crop_follows_size(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Crop to n where only `size` = n is given."""
+    size = kwargs.get("size")
+    shortest = size if isinstance(size, int) else dict(size or {}).get("shortest_edge")
+    return {"crop_size": shortest, **kwargs} if shortest else kwargs

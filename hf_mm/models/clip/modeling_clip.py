@@ -1,0 +1,483 @@
+"""CLIP with a Vision Transformer tower (Radford et al. 2021, arXiv 2103.00020).
+
+Parameters carry the names that transformers' CLIP has on disk, so that its checkpoints open here unchanged.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ...losses.contrastive import image_text_contrastive_loss
+from ...nn.attention import Attention
+from ...nn.blocks import MLP, TransformerBlock, TransformerEncoder
+from ...nn.patches import patch_grid, to_pair
+from ...nn.positions import resize_position_table
+from .configuration_clip import MMClipConfig, MMClipTextConfig, MMClipVisionConfig
+
+
+@dataclass
+class MMClipOutput(ModelOutput):
+    """What `MMClipModel.forward` returns.
+
+    Attributes:
+        loss: scalar, where it was asked for and pictures and texts are equally many.
+        logits_per_image: ``(num_images, num_texts)`` scaled cosine similarities.
+        logits_per_text: its transpose.
+        text_embeds: ``(num_texts, projection_dim)`` of unit length.
+        image_embeds: ``(num_images, projection_dim)`` of unit length.
+        text_model_output: of the text tower (its tokens end at the longest text's end token).
+        vision_model_output: of the picture tower.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
+class MMClipPreTrainedModel(PreTrainedModel):
+    config: MMClipConfig
+    base_model_prefix = "clip"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _no_split_modules = ["MMClipTextEmbeddings", "MMClipVisionEmbeddings", "TransformerBlock"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": TransformerBlock, "attentions": Attention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """The initialisation of OpenAI's release, in which the picture tower's blocks keep torch's defaults."""
+        factor = self.config.initializer_factor
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                fan_in = module.weight[0].numel()
+                init.uniform_(module.bias, -(fan_in**-0.5), fan_in**-0.5)
+        elif not isinstance(module, nn.Embedding):
+            super()._init_weights(module)
+
+        if isinstance(module, Attention):
+            self._init_attention(module, factor)
+        elif isinstance(module, MLP) and isinstance(self, MMClipTextModel):
+            width = self.config.hidden_size
+            init.normal_(module.fc1.weight, std=factor * (2 * width) ** -0.5)
+            init.normal_(module.fc2.weight, std=factor * self._residual_std())
+        elif isinstance(module, MMClipTextEmbeddings):
+            init.normal_(module.token_embedding.weight, std=factor * 0.02)
+            init.normal_(module.position_embedding.weight, std=factor * 0.01)
+        elif isinstance(module, MMClipVisionEmbeddings):
+            std = factor * self.config.hidden_size**-0.5
+            init.normal_(module.class_embedding, std=std)
+            init.normal_(module.position_embedding.weight, std=std)
+        elif isinstance(module, MMClipModel):
+            for projection in (module.visual_projection, module.text_projection):
+                init.normal_(projection.weight, std=factor * projection.in_features**-0.5)
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+
+    def _init_attention(self, module: Attention, factor: float):
+        for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
+            init.zeros_(projection.bias)
+        inputs = (module.q_proj, module.k_proj, module.v_proj)
+        if isinstance(self, MMClipTextModel):
+            for projection in inputs:
+                init.normal_(projection.weight, std=factor * self.config.hidden_size**-0.5)
+            init.normal_(module.out_proj.weight, std=factor * self._residual_std())
+        else:
+            # Xavier over the fused (3 D, D) matrix of torch's MultiheadAttention: bound sqrt(6 / (3 D + D)).
+            bound = factor * (6 / (4 * self.config.hidden_size)) ** 0.5
+            for projection in inputs:
+                init.uniform_(projection.weight, -bound, bound)
+
+    def _residual_std(self) -> float:
+        return self.config.hidden_size**-0.5 * (2 * self.config.num_hidden_layers) ** -0.5
+
+
+class MMClipTextEmbeddings(nn.Module):
+    def __init__(self, config: MMClipTextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        tokens = self.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        context = self.position_embedding.num_embeddings
+        if tokens.shape[1] > context:
+            raise ValueError(
+                f"the text has {tokens.shape[1]} tokens but the model's context is {context}: "
+                "let the processor cut it (truncation=True)."
+            )
+        if position_ids is None:
+            return tokens + self.position_embedding.weight[: tokens.shape[1]]
+        return tokens + self.position_embedding(position_ids)
+
+
+class MMClipTextModel(MMClipPreTrainedModel):
+    """The text tower: a causal Transformer whose state at the end token is the text."""
+
+    config: MMClipTextConfig
+    base_model_prefix = "text_model"
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    _input_embed_layer = "token_embedding"
+    _keys_to_ignore_on_load_unexpected = [r"vision_model\.", r"(visual|text)_projection\.", r"logit_scale"]
+
+    def __init__(self, config: MMClipTextConfig):
+        super().__init__(config)
+        self.embeddings = MMClipTextEmbeddings(config)
+        self.encoder = TransformerEncoder(config, is_causal=True)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pooling_positions: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encodes texts.
+
+        Args:
+            input_ids: ``(B, T)``, padded on the right.
+            attention_mask: ``(B, T)``, 1 for tokens. Padding on the right needs none: causality hides it.
+            position_ids: ``(B, T)`` or ``(1, T)``.
+            inputs_embeds: ``(B, T, D)`` in place of `input_ids`, positions not yet added.
+            pooling_positions: ``(B,)``, the token that stands for the text. By default the first end token of
+                `input_ids`; with `inputs_embeds`, the last token that `attention_mask` keeps.
+
+        Returns:
+            `last_hidden_state` ``(B, T, D)`` after the final norm, `pooler_output` ``(B, D)``.
+
+        Raises:
+            ValueError: neither or both of ids and embeddings, a text beyond the context, a row without end token, a
+                mask of another shape, padding on the left.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, not both and not neither.")
+        hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids)
+        if pooling_positions is None:
+            pooling_positions = (
+                self.end_positions(input_ids)
+                if input_ids is not None
+                else last_kept_positions(attention_mask, hidden_states)
+            )
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=drop_right_padding(attention_mask, hidden_states),
+            cache=None,
+            position_ids=None,
+        )
+        hidden_states = self.final_layer_norm(self.encoder(hidden_states, mask, **kwargs))
+        rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states, pooler_output=hidden_states[rows, pooling_positions]
+        )
+
+    def end_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """``(B,)``: where each row's first end token stands. Raises ValueError for a row that has none."""
+        is_end = input_ids == self.config.eos_token_id
+        if not torch.compiler.is_compiling() and not is_end.any(dim=1).all():
+            row = int(is_end.any(dim=1).int().argmin())
+            raise ValueError(
+                f"row {row} of input_ids has no end token (id {self.config.eos_token_id}), where the text is pooled: "
+                "tokenise with this model's own tokenizer."
+            )
+        return is_end.int().argmax(dim=1)
+
+
+def drop_right_padding(attention_mask: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    """Checks a padding mask and drops it where it only hides the right end, which causality hides anyway."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != hidden_states.shape[:2]:
+        raise ValueError(
+            f"attention_mask must have the shape of the texts, {tuple(hidden_states.shape[:2])}, "
+            f"not {tuple(attention_mask.shape)}."
+        )
+    if torch.compiler.is_compiling():
+        return attention_mask
+    if not attention_mask[:, 0].all():
+        raise ValueError("the text tower takes padding on the right only: set tokenizer.padding_side = 'right'.")
+    return None if (attention_mask[:, 1:] <= attention_mask[:, :-1]).all() else attention_mask
+
+
+def last_kept_positions(attention_mask: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
+    """``(B,)``: the last position of each row that the mask keeps; without a mask, the last of all."""
+    if attention_mask is None:
+        return torch.full((hidden_states.shape[0],), hidden_states.shape[1] - 1, device=hidden_states.device)
+    steps = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (attention_mask.bool() * steps).argmax(dim=1)
+
+
+class MMClipVisionEmbeddings(nn.Module):
+    def __init__(self, config: MMClipVisionConfig):
+        super().__init__()
+        self.config = config
+        patch_size = to_pair(config.patch_size)
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, patch_size, patch_size, bias=False)
+        rows, columns = config.grid_size
+        self.position_embedding = nn.Embedding(1 + rows * columns, config.hidden_size)
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        config = self.config
+        grid = patch_grid(
+            pixel_values,
+            config.num_channels,
+            to_pair(config.image_size),
+            to_pair(config.patch_size),
+            interpolate_pos_encoding,
+        )
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.class_embedding.expand(patches.shape[0], 1, -1), patches], dim=1)
+        return tokens + resize_position_table(
+            self.position_embedding.weight,
+            config.grid_size,
+            grid,
+            config.pos_embed_interpolation,
+            num_prefix_tokens=1,
+        )
+
+
+class MMClipVisionModel(MMClipPreTrainedModel):
+    """The picture tower: a ViT with a norm before its blocks; only the class token is normed after them."""
+
+    config: MMClipVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
+    _keys_to_ignore_on_load_unexpected = [r"text_model\.", r"(visual|text)_projection\.", r"logit_scale"]
+
+    def __init__(self, config: MMClipVisionConfig):
+        super().__init__(config)
+        self.embeddings = MMClipVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # spelt as on disk
+        self.encoder = TransformerEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encodes pictures.
+
+        Args:
+            pixel_values: ``(B, C, H, W)``, normalised.
+            interpolate_pos_encoding: accept any H and W that patches tile; the position table follows.
+
+        Returns:
+            `last_hidden_state` ``(B, 1 + N, D)`` (not normed), `pooler_output` ``(B, D)`` (the normed class token).
+
+        Raises:
+            ValueError: pictures of another size or number of channels than the config says.
+        """
+        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))
+        hidden_states = self.encoder(hidden_states, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states, pooler_output=self.post_layernorm(hidden_states[:, 0])
+        )
+
+
+class MMClipModel(MMClipPreTrainedModel):
+    """Both towers, their projections into one space, and the temperature of the loss."""
+
+    config: MMClipConfig
+
+    def __init__(self, config: MMClipConfig):
+        super().__init__(config)
+        self.vision_model = AutoModel.from_config(config.vision_config)
+        self.text_model = AutoModel.from_config(config.text_config)
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.empty(1))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pooling_positions: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encodes texts into the joint space.
+
+        Rows padded beyond the longest text are cut first: exact, since nothing after an end token is ever looked at.
+
+        Args:
+            input_ids: ``(B, T)``; the other arguments are those of `MMClipTextModel.forward`.
+
+        Returns:
+            The text tower's output, `pooler_output` ``(B, projection_dim)``, not yet of unit length.
+        """
+        if input_ids is not None and pooling_positions is None:
+            pooling_positions = self.text_model.end_positions(input_ids)
+            if not torch.compiler.is_compiling():
+                length = int(pooling_positions.max()) + 1
+                input_ids = input_ids[:, :length]
+                attention_mask = attention_mask[:, :length] if attention_mask is not None else None
+                position_ids = position_ids[:, :length] if position_ids is not None else None
+        outputs = self.text_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            pooling_positions=pooling_positions,
+            **kwargs,
+        )
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)
+        return outputs
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encodes pictures into the joint space.
+
+        Args:
+            pixel_values: ``(B, C, H, W)``, normalised.
+            interpolate_pos_encoding: accept any H and W that patches tile.
+
+        Returns:
+            The picture tower's output, `pooler_output` ``(B, projection_dim)``, not yet of unit length.
+        """
+        outputs = self.vision_model(
+            pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+        )
+        outputs.pooler_output = self.visual_projection(outputs.pooler_output)
+        return outputs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pooling_positions: torch.Tensor | None = None,
+        image_ids: torch.Tensor | None = None,
+        text_ids: torch.Tensor | None = None,
+        return_loss: bool = True,
+        gather_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MMClipOutput:
+        """Compares pictures with texts.
+
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds, pooling_positions: of N texts, see
+                `MMClipTextModel.forward`.
+            pixel_values: ``(M, C, H, W)``, M pictures.
+            image_ids, text_ids: ``(M,)``, ``(N,)`` integers; equal ids are never each other's negatives.
+            return_loss: compute the contrastive loss of pairs (picture i, text i). In eval mode M and N may differ;
+                there is no loss then.
+            gather_loss: take the loss over all ranks. By default in training only, so that one process may call the
+                model alone for inference; an evaluation loop in which every rank takes part passes True.
+            interpolate_pos_encoding: accept pictures of any size that patches tile.
+
+        Raises:
+            ValueError: pictures or texts are missing; in training their numbers differ.
+        """
+        if pixel_values is None or (input_ids is None and inputs_embeds is None):
+            raise ValueError(
+                "MMClipModel compares pictures with texts and needs pixel_values and input_ids: for one of the two "
+                "call get_image_features or get_text_features."
+            )
+        vision = self.get_image_features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        text = self.get_text_features(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            pooling_positions=pooling_positions,
+            **kwargs,
+        )
+        image_embeds = nn.functional.normalize(vision.pooler_output, dim=-1)
+        text_embeds = nn.functional.normalize(text.pooler_output, dim=-1)
+        scale = self.logit_scale.exp()
+
+        loss = None
+        if return_loss and (self.training or len(image_embeds) == len(text_embeds)):
+            gather = self.training if gather_loss is None else gather_loss
+            loss = image_text_contrastive_loss(image_embeds, text_embeds, scale, image_ids, text_ids, gather=gather)
+        logits_per_image = scale * image_embeds @ text_embeds.T
+        return MMClipOutput(
+            loss=loss,
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_image.T.contiguous(),
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text,
+            vision_model_output=vision,
+        )
+
+
+class ToVector(ConversionOps):
+    """Reads a scalar of shape () or (1,) as (1,). What is saved keeps (1,), so that a training run can resume from it."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        ((_, tensors),) = input_dict.items()
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        return {target_patterns[0]: tensor.reshape(1)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+register_checkpoint_conversion_mapping(
+    "MMClipModel", [WeightConverter("logit_scale", "logit_scale", operations=[ToVector()])], overwrite=True
+)
+
+
+__all__ = ["MMClipModel", "MMClipPreTrainedModel", "MMClipTextModel", "MMClipVisionModel"]

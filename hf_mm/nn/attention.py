@@ -1,0 +1,68 @@
+"""Multi-head self-attention through transformers' attention interface (Vaswani et al. 2017, section 3.2.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """softmax(q k^T * scaling + mask) v, the reference that every other kernel must equal.
+
+    Args:
+        query, key, value: ``(B, H, T, d)``.
+        attention_mask: additive, broadcastable to ``(B, H, T, T)``, or None.
+
+    Returns:
+        The mixed values ``(B, T, H, d)`` and the attention weights ``(B, H, T, T)``.
+    """
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class Attention(nn.Module):
+    """Self-attention whose kernel is ``config._attn_implementation``.
+
+    Args:
+        config: gives ``hidden_size``, ``num_attention_heads``, ``attention_dropout``.
+        is_causal: a position sees itself and what stands before it.
+        qkv_bias: whether query, key and value projections have a bias.
+    """
+
+    def __init__(self, config, is_causal: bool = False, qkv_bias: bool = True):
+        super().__init__()
+        self.config = config
+        self.is_causal = is_causal
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = config.attention_dropout
+
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=qkv_bias)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
+        """``(B, T, D)`` to ``(B, T, D)`` and, with the eager kernel, the weights ``(B, H, T, T)``."""
+        per_head = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(per_head).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(per_head).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        mixed, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.out_proj(mixed.flatten(2)), weights

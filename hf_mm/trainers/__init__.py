@@ -1,0 +1,1 @@
+"""Trainer subclasses, callbacks and argument groups that the recipes share."""

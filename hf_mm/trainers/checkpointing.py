@@ -1,0 +1,86 @@
+"""Checkpoints that are complete or absent: written aside, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+ASIDE = ".incomplete"
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; nothing of it is left and earlier ones are whole."""
+
+
+def latest_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The complete checkpoint of a run with the most steps, or None."""
+    complete = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+class AtomicCheckpoints:
+    """Mixin for Trainer: a process killed in the middle of a save leaves the earlier checkpoints and nothing else."""
+
+    _checkpoint_root: str | None = None
+
+    def _get_output_dir(self, trial) -> str:
+        return self._checkpoint_root or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run_dir = Path(self._get_output_dir(trial))
+        aside, name = run_dir / ASIDE, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            with self._writing_to(aside):
+                super()._save_checkpoint(model, trial)
+            self._name_best_checkpoint(run_dir, aside / name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                _flush(aside / name)
+                if (run_dir / name).exists():
+                    shutil.rmtree(run_dir / name)
+                os.replace(aside / name, run_dir / name)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            kept = latest_checkpoint(run_dir)
+            raise CheckpointError(
+                f"checkpoint {name} could not be written to {run_dir} ({error}); "
+                + (f"{kept} is whole: free some space and run the same command to resume." if kept else "none exists.")
+            ) from error
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    @contextmanager
+    def _writing_to(self, folder: Path):
+        self._checkpoint_root = str(folder)
+        try:
+            yield
+        finally:
+            self._checkpoint_root = None
+
+    def _name_best_checkpoint(self, run_dir: Path, written: Path) -> None:
+        """Points the saved state at where the best checkpoint will stand, not at where it was written."""
+        if self.state.best_global_step and self.args.should_save:
+            self.state.best_model_checkpoint = str(run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+
+
+def _flush(folder: Path) -> None:
+    """Has the system write the files of a folder to disk before the folder gets its name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,115 @@
+"""Training a dual encoder with the contrastive loss, on one process or many."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_utils import seed_worker
+from transformers.utils import logging
+
+from ..losses.contrastive import supervised_contrastive_loss
+from .callbacks import ClampLogitScale, find_logit_scale
+from .checkpointing import AtomicCheckpoints
+from .optim import decay_parameter_names, refuse_half_precision
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ContrastiveTrainingArguments(TrainingArguments):
+    """TrainingArguments whose defaults suit a contrastive loss, and the weight of its second term."""
+
+    view_loss_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the loss that pulls the pictures of one group together (0: none)."},
+    )
+    view_loss_temperature: float = field(
+        default=0.1, metadata={"help": "Temperature of the loss between pictures of one group."}
+    )
+
+    def __post_init__(self):
+        # Raw pictures are columns that no forward() names, and unequal batches have no common loss.
+        self.remove_unused_columns = False
+        self.dataloader_drop_last = True
+        self.prediction_loss_only = True
+        super().__post_init__()
+
+
+class ContrastiveTrainer(AtomicCheckpoints, Trainer):
+    """A Trainer for `MMClipModel` and its relatives.
+
+    What it adds to Trainer: batches drawn by a batch sampler of the dataset's own, the loss between pictures of one
+    group, weight decay on matrices only, the clamp of the logit scale, losses and temperature in the log, whole
+    checkpoints. Every rank takes part in training and evaluation steps, and the loss is over all of their rows.
+
+    Args:
+        processing_class: the processor; it is saved with every checkpoint, so that a checkpoint can prepare its inputs.
+        train_batch_sampler: yields lists of `train_dataset` keys and has ``set_epoch``; without one, Trainer samples.
+
+    Raises:
+        ValueError: trainable weights are in half precision, in which Adam's update underflows.
+    """
+
+    def __init__(self, *args, processing_class=None, train_batch_sampler=None, **kwargs):
+        super().__init__(*args, processing_class=processing_class, **kwargs)
+        refuse_half_precision(self.model)
+        if isinstance(processing_class, PreTrainedTokenizerBase):
+            logger.warning(
+                "processing_class is a tokenizer: checkpoints will not be able to prepare pictures; "
+                "pass the whole processor."
+            )
+        self.train_batch_sampler = train_batch_sampler
+        self.skipped: dict[str, str] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._num_sums = 0
+        self.add_callback(ClampLogitScale())
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        return decay_parameter_names(model)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.train_batch_sampler is None:
+            return super().get_train_dataloader()
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.train_batch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+        return self.accelerator.prepare(loader)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        for key, reason in inputs.pop("skipped", []):
+            self.skipped.setdefault(str(key), reason)
+        outputs = model(**inputs, gather_loss=True)
+        loss = outputs.loss
+        if self.args.view_loss_weight and model.training:
+            view_loss = supervised_contrastive_loss(
+                outputs.image_embeds, inputs["image_ids"], self.args.view_loss_temperature
+            )
+            self._record(contrastive_loss=loss, view_loss=view_loss)
+            loss = loss + self.args.view_loss_weight * view_loss
+        return (loss, outputs) if return_outputs else loss
+
+    def _record(self, **losses: torch.Tensor) -> None:
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+        self._num_sums += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= {name: round(float(total) / self._num_sums, 4) for name, total in self._sums.items()}
+            self._sums, self._num_sums = {}, 0
+            logs["temperature"] = round(math.exp(-find_logit_scale(self.model).item()), 5)
+        super().log(logs, start_time)

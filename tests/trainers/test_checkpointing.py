@@ -1,0 +1,66 @@
+"""A run killed anywhere, and started again, ends with the weights of a run that was left alone."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_mm.trainers.checkpointing import ASIDE, latest_checkpoint
+
+SCRIPT = Path(__file__).with_name("toy_run.py")
+
+
+def run(output_dir: Path, *kill_at: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), str(output_dir), *kill_at], env=environment, capture_output=True, text=True
+    )
+
+
+def weights(output_dir: Path) -> bytes:
+    return (output_dir / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> bytes:
+    output_dir = tmp_path_factory.mktemp("undisturbed")
+    done = run(output_dir)
+    assert done.returncode == 0, done.stderr
+    return weights(output_dir)
+
+
+def test_killed_at_six_points_in_turn(tmp_path, undisturbed):
+    kill_points = ["step:3", "open:config.json", "open:trainer_state.json", "rename", "rotate", "step:8"]
+    for kill_at in kill_points:
+        killed = run(tmp_path, kill_at)
+        assert killed.returncode == -signal.SIGKILL, f"{kill_at}: {killed.stderr}"
+        for checkpoint in tmp_path.glob("checkpoint-*"):
+            assert (checkpoint / TRAINER_STATE_NAME).is_file(), f"{kill_at} left half of {checkpoint.name}"
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path) == undisturbed
+
+
+def test_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, undisturbed):
+    failed = run(tmp_path, "full:4")
+    assert failed.returncode == 1
+    last_line = failed.stderr.strip().splitlines()[-1]
+    assert "checkpoint-4 could not be written" in last_line
+    assert "checkpoint-2 is whole" in last_line
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-2"]
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path) == undisturbed
+
+
+def test_latest_checkpoint_is_the_complete_one_with_the_most_steps(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    for name in ("checkpoint-90", "checkpoint-100", f"{ASIDE}/checkpoint-200"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / TRAINER_STATE_NAME).write_text("{}")
+    (tmp_path / "checkpoint-300").mkdir()
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")

@@ -1,0 +1,148 @@
+"""The contrastive trainer: what it optimises, logs, keeps and refuses."""
+
+import copy
+import math
+
+import pytest
+import torch
+from toy_run import Pairs, tiny_clip, toy_trainer
+from transformers import AutoModel, AutoProcessor
+
+from hf_mm.losses.contrastive import image_text_contrastive_loss, supervised_contrastive_loss
+from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
+from hf_mm.models.clip.processing_clip import MMClipProcessor
+from hf_mm.models.clip.tokenization_clip import MMClipTokenizer
+from hf_mm.trainers.callbacks import MAX_LOGIT_SCALE, ClampLogitScale, find_logit_scale
+from hf_mm.trainers.contrastive import ContrastiveTrainer, ContrastiveTrainingArguments
+from hf_mm.trainers.optim import decay_parameter_names
+
+
+def collate(samples):
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def test_loss_is_the_sum_of_both_terms(tmp_path):
+    trainer = toy_trainer(str(tmp_path))
+    model = trainer.model.train()
+    for module in model.modules():
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.0
+    batch = collate([Pairs()[i] for i in range(8)])
+    loss = trainer.compute_loss(model, batch)
+    outputs = model.eval()(**batch)
+    scale = model.logit_scale.exp()
+    expected = image_text_contrastive_loss(outputs.image_embeds, outputs.text_embeds, scale, batch["image_ids"])
+    expected = expected + 0.5 * supervised_contrastive_loss(outputs.image_embeds, batch["image_ids"], 0.1)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_matrices_decay_and_nothing_else():
+    model = tiny_clip()
+    decayed = set(decay_parameter_names(model))
+    assert {"visual_projection.weight", "text_model.embeddings.token_embedding.weight"} <= decayed
+    kept = {name for name, _ in model.named_parameters()} - decayed
+    assert "logit_scale" in kept
+    assert "vision_model.embeddings.class_embedding" in kept
+    assert {name for name in kept if "position_embedding" in name} == {
+        "text_model.embeddings.position_embedding.weight",
+        "vision_model.embeddings.position_embedding.weight",
+    }
+    assert all(name.endswith(".bias") or "norm" in name or "embedding" in name for name in kept - {"logit_scale"})
+
+
+def test_optimizer_groups_follow_the_rule(tmp_path):
+    trainer = toy_trainer(str(tmp_path), weight_decay=0.3)
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    groups = trainer.create_optimizer().param_groups
+    decay = {group["weight_decay"]: {names[id(parameter)] for parameter in group["params"]} for group in groups}
+    assert decay[0.3] == set(decay_parameter_names(trainer.model))
+    assert decay[0.0] == set(names.values()) - decay[0.3]
+
+
+@pytest.mark.parametrize(("before", "after"), [(5.0, MAX_LOGIT_SCALE), (-1.0, 0.0), (2.5, 2.5)])
+def test_logit_scale_is_clamped_after_the_step(before, after):
+    model = tiny_clip()
+    torch.nn.init.constant_(model.logit_scale, before)
+    ClampLogitScale().on_optimizer_step(None, None, None, model=model)
+    assert model.logit_scale.item() == pytest.approx(after)
+    assert model.logit_scale.requires_grad
+
+
+def test_scale_never_leaves_its_range_while_training(tmp_path):
+    trainer = toy_trainer(str(tmp_path), max_steps=3, save_strategy="no", learning_rate=1.0)
+    torch.nn.init.constant_(find_logit_scale(trainer.model), MAX_LOGIT_SCALE - 1e-3)
+    trainer.train()
+    assert 0.0 <= trainer.model.logit_scale.item() <= MAX_LOGIT_SCALE + 1e-6
+
+
+def test_log_names_both_losses_and_the_temperature(tmp_path):
+    trainer = toy_trainer(str(tmp_path), max_steps=2, save_strategy="no", learning_rate=0.0)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["temperature"] == pytest.approx(0.07, abs=1e-5)
+    assert entry["loss"] == pytest.approx(entry["contrastive_loss"] + 0.5 * entry["view_loss"], abs=2e-4)
+
+
+def test_checkpoint_prepares_its_own_inputs(tmp_path):
+    tokenizer = MMClipTokenizer.train_from_iterator(["a cat", "a dog"], vocab_size=520, model_max_length=6)
+    size = {"height": 16, "width": 16}
+    processor = MMClipProcessor(MMClipImageProcessorPil(size={"shortest_edge": 16}, crop_size=size), tokenizer)
+    arguments = ContrastiveTrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, save_steps=1, per_device_train_batch_size=4, use_cpu=True
+    )
+    vocab_size = len(tokenizer)
+    trainer = ContrastiveTrainer(
+        model=tiny_clip(vocab_size=vocab_size),
+        args=arguments,
+        train_dataset=Pairs(vocab_size),
+        processing_class=processor,
+    )
+    trainer.train()
+    opened = AutoProcessor.from_pretrained(tmp_path / "checkpoint-1")
+    picture = torch.arange(20 * 30 * 3, dtype=torch.uint8).reshape(20, 30, 3)
+    inputs, expected = (p(images=picture, text=["a cat"], return_tensors="pt") for p in (opened, processor))
+    assert inputs.keys() == expected.keys()
+    assert all(torch.equal(inputs[key], expected[key]) for key in expected)
+    model = AutoModel.from_pretrained(tmp_path / "checkpoint-1")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trainer.model.parameters(), strict=True))
+
+
+def test_a_tokenizer_alone_is_warned_about(tmp_path, caplog):
+    tokenizer = MMClipTokenizer.train_from_iterator(["a cat"], vocab_size=514, model_max_length=6)
+    arguments = ContrastiveTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with caplog.at_level("WARNING"):
+        import transformers
+
+        transformers.utils.logging.enable_propagation()
+        ContrastiveTrainer(model=tiny_clip(), args=arguments, train_dataset=Pairs(), processing_class=tokenizer)
+        transformers.utils.logging.disable_propagation()
+    assert "pass the whole processor" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_refused(tmp_path, dtype):
+    arguments = ContrastiveTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="dtype=torch.float32 and pass bf16=True"):
+        ContrastiveTrainer(model=tiny_clip().to(dtype), args=arguments, train_dataset=Pairs())
+
+
+def test_unequal_pictures_and_texts_are_refused_in_training(tmp_path):
+    model = tiny_clip().train()
+    batch = collate([Pairs()[i] for i in range(4)])
+    batch["input_ids"] = batch["input_ids"][:3]
+    with pytest.raises(ValueError, match="4 pictures and 3 texts"):
+        toy_trainer(str(tmp_path)).compute_loss(model, batch)
+
+
+def test_evaluation_reports_a_loss_with_a_smaller_last_batch(tmp_path):
+    trainer = toy_trainer(str(tmp_path), per_device_eval_batch_size=7, dataloader_drop_last=False)
+    metrics = trainer.evaluate(Pairs())
+    assert math.isfinite(metrics["eval_loss"])
+
+
+def test_skipped_rows_are_collected_and_kept_from_the_model(tmp_path):
+    trainer = toy_trainer(str(tmp_path))
+    batch = collate([Pairs()[i] for i in range(4)])
+    loss = trainer.compute_loss(copy.deepcopy(trainer.model).eval(), {**batch, "skipped": [("row 3", "no picture")]})
+    assert torch.isfinite(loss)
+    assert trainer.skipped == {"row 3": "no picture"}

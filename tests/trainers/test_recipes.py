@@ -1,0 +1,70 @@
+"""Reading recipes, and the folder of a run."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from hf_mm.trainers.recipes import RECIPE_FILE, claim_output_dir, parse_recipe, read_recipe
+
+
+@dataclass
+class Shape:
+    width: int = 8
+    tower: dict | str | None = None
+
+
+@dataclass
+class Schedule:
+    learning_rate: float = 1.0
+    streaming: bool = field(default=False)
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
+    recipe = write(tmp_path, "model:\n  width: 16\n  tower: {layers: 2}\ntraining:\n  learning_rate: 2e-3\n")
+    shape, schedule = parse_recipe((Shape, Schedule), [recipe, "--width", "32", "--streaming", "true"])
+    assert shape == Shape(width=32, tower={"layers": 2})
+    assert schedule == Schedule(learning_rate=2e-3, streaming=True)
+
+
+def test_without_a_recipe_flags_are_enough():
+    shape, schedule = parse_recipe((Shape, Schedule), ["--learning_rate", "0.5"])
+    assert (shape, schedule) == (Shape(), Schedule(learning_rate=0.5))
+
+
+def test_unknown_setting_is_named_with_the_nearest_one(tmp_path):
+    recipe = write(tmp_path, "training:\n  learning_rat: 1\n")
+    with pytest.raises(ValueError, match="'learning_rat', which does not exist: 'learning_rate'"):
+        parse_recipe((Shape, Schedule), [recipe])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("width: 3\n", "'width' must be a section"),
+        ("a:\n  width: 3\nb:\n  width: 4\n", "sets 'width' in two sections"),
+        ("a: [\n", "is not YAML"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        read_recipe(write(tmp_path, text))
+
+
+def test_missing_recipe(tmp_path):
+    with pytest.raises(ValueError, match="no.yaml cannot be read"):
+        read_recipe(tmp_path / "no.yaml")
+
+
+def test_a_folder_keeps_to_one_recipe(tmp_path):
+    claim_output_dir(tmp_path / "run", {"learning_rate": 1e-3, "seed": 0})
+    claim_output_dir(tmp_path / "run", {"learning_rate": 1e-3, "seed": 0})
+    with pytest.raises(ValueError, match=r"learning_rate = 0.001, now it is 0.002: .* --overwrite"):
+        claim_output_dir(tmp_path / "run", {"learning_rate": 2e-3, "seed": 0})
+    claim_output_dir(tmp_path / "run", {"learning_rate": 2e-3, "seed": 0}, overwrite=True)
+    assert '"learning_rate": 0.002' in (tmp_path / "run" / RECIPE_FILE).read_text()
