@@ -7,11 +7,12 @@ The rules:
 - 16-bit pictures are scaled to 8 bits: `round(value / 257)`. The type decides for `I;16` and uint16; wider integers
   (`I`, int32, int64) count as 16-bit if a value exceeds 255.
 - Float pictures (`F`, float arrays) within 0..1 count as 0..1, others as 0..255.
-- Arrays are (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4. Where both ends could be the channels (3x3x3), the first
-  is taken, as transformers does; pass `input_data_format` to choose.
+- Arrays are (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4. Where both ends could be the channels (3x3x3), the
+  first is taken, as transformers does; pass `input_data_format` to choose.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,10 @@ ORIENTATION_CARRIERS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "x
 
 
 def to_rgb(image: Any) -> Image.Image:
-    """Turn one picture into an upright RGB image.
+    """Turns one picture into an upright RGB image.
 
     Args:
-        image: A PIL image of any mode, a numpy or torch array, a path, a URL, the bytes of an image file, or a
+        image: a PIL image of any mode, a numpy or torch array, a path, a URL, the bytes of an image file, or a
             `{"bytes": ..., "path": ...}` dict as `datasets` stores them.
 
     Returns:
@@ -58,10 +59,10 @@ def to_rgb(image: Any) -> Image.Image:
 
 
 def load_picture(image: Any, input_data_format: str | ChannelDimension | None = None) -> Image.Image | np.ndarray:
-    """Open one picture, upright, without losing what its type tells.
+    """Opens one picture, upright, without losing what its type tells.
 
     Args:
-        image: As for [`to_rgb`].
+        image: As for `to_rgb`.
         input_data_format: Where the channels of an array are; inferred from its shape by default.
 
     Returns:
@@ -71,23 +72,27 @@ def load_picture(image: Any, input_data_format: str | ChannelDimension | None = 
         image = image.get("bytes") or image.get("path")
     if image is None:
         raise ValueError("The picture is missing (None): leave its row out or give a picture.")
-    if isinstance(image, Image.Image):
-        return _eight_bits(_upright(image))
     if _is_array(image):
         return _from_array(image, input_data_format)
+    if isinstance(image, Image.Image):
+        with _naming(getattr(image, "filename", "") or "a PIL image"):
+            return _eight_bits(_upright(image))
     if isinstance(image, (bytes, bytearray)):
-        return _open(BytesIO(image), "the given bytes")
+        with _naming("a picture in memory"), Image.open(BytesIO(image)) as opened:
+            return _eight_bits(_upright(opened))
     if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
-        return load_image(image)
+        with _naming(f"{image[:80]}"):
+            return load_image(image)
     if isinstance(image, (str, Path)):
-        return _open(image, f"'{image}'")
+        with _naming(f"'{image}'"), Image.open(image) as opened:
+            return _eight_bits(_upright(opened))
     raise TypeError(
-        f"A {type(image).__name__} is not a picture: give a PIL image, an array, a path, or the bytes of an image file."
+        f"A {type(image).__name__} is not a picture: give a PIL image, an array, a path, or an image file's bytes."
     )
 
 
 def flatten_images(images: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the pictures of any nesting one by one, each with the words that name it in an error.
+    """Yields the pictures of any nesting one by one, each with the words that name it in an error.
 
     Args:
         images: One picture, a batch array (B, ...), or any (nested) iterable of pictures: list, tuple, column.
@@ -101,7 +106,7 @@ def flatten_images(images: Any) -> Iterator[tuple[str, Any]]:
 
 
 def quantize(pixels: np.ndarray) -> Image.Image:
-    """Round a float picture (3, H, W), within 0..1 or 0..255, to an 8-bit RGB image."""
+    """Rounds a float picture (3, H, W), within 0..1 or 0..255, to an 8-bit RGB image."""
     levels = np.rint(pixels * (255 / full_scale(pixels))).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(levels.transpose(1, 2, 0)))
 
@@ -112,7 +117,7 @@ def full_scale(pixels: np.ndarray) -> float:
 
 
 class AnyPictureMixin:
-    """Lets an image processor take what [`to_rgb`] takes, one or many, opened one at a time."""
+    """Lets an image processor take what `to_rgb` takes, one or many, opened one at a time."""
 
     do_resize = True
     do_rescale = True
@@ -120,7 +125,7 @@ class AnyPictureMixin:
     do_convert_rgb = True
 
     def fetch_images(self, images: Any) -> Any:
-        """Leave paths and URLs as they are: each is opened when its turn comes."""
+        """Leaves paths and URLs as they are: each is opened when its turn comes."""
         return images
 
     def _validate_preprocess_kwargs(self, do_convert_rgb: bool | None = None, do_pad: bool | None = None, **kwargs):
@@ -145,7 +150,7 @@ class AnyPictureMixin:
         convert_rgb_first: bool = True,
         **kwargs,
     ) -> Image.Image | np.ndarray:
-        """Open one picture as 8-bit image (RGB if `convert_rgb_first`) or, if it is a float one, array (3, H, W)."""
+        """Opens one picture as 8-bit image (RGB if `convert_rgb_first`) or, if it is a float one, array (3, H, W)."""
         picture = load_picture(image, input_data_format)
         if isinstance(picture, Image.Image):
             return _as_rgb(picture) if convert_rgb_first else picture
@@ -161,7 +166,7 @@ class RGBImageProcessorTorchvision(AnyPictureMixin, TorchvisionBackend):
         return list(super()._prepare_image_like_inputs(images, **kwargs))
 
     def process_image(self, image: Any, device: torch.device | str | None = None, **kwargs) -> torch.Tensor:
-        """Open one picture as uint8 or float tensor (3, H, W)."""
+        """Opens one picture as uint8 or float tensor (3, H, W)."""
         picture = super().process_image(image, **kwargs)
         return torch.from_numpy(np.array(channels_first(picture), order="C")).to(device)
 
@@ -176,7 +181,7 @@ class RGBImageProcessorPil(AnyPictureMixin, PilBackend):
     def resize(
         self, image: Image.Image | np.ndarray, size: SizeDict, resample: int | None = None, **kwargs
     ) -> Image.Image | np.ndarray:
-        """Resize one picture with PIL's antialiased filters; the longer side is truncated to whole pixels."""
+        """Resizes one picture with PIL's antialiased filters; the longer side is truncated to whole pixels."""
         width, height = picture_size(image)
         target = target_size(width, height, size)
         if target == (width, height):
@@ -232,18 +237,19 @@ def picture_size(picture: Image.Image | np.ndarray | torch.Tensor) -> tuple[int,
 
 
 def channels_first(image: Image.Image | np.ndarray) -> np.ndarray:
-    """View one picture as array (3, H, W)."""
+    """Views one picture as array (3, H, W)."""
     return image if isinstance(image, np.ndarray) else np.asarray(_as_rgb(image)).transpose(2, 0, 1)
 
 
-def _open(source: Any, name: str) -> Image.Image | np.ndarray:
+@contextmanager
+def _naming(picture: str) -> Iterator[None]:
+    """Turns whatever a decoder may raise into one sentence about the named picture."""
     try:
-        with Image.open(source) as image:
-            return _eight_bits(_upright(image))
+        yield
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise FileNotFoundError(f"There is no image file at {name}.") from error
+        raise FileNotFoundError(f"There is no image file at {picture}.") from error
     except Exception as error:
-        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+        raise ValueError(f"{picture} cannot be read as a picture: {error}".replace("\n", " ")) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -269,13 +275,11 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         return image
     if isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # spares a warning
-    if image.mode == "La":
-        image = image.convert("LA")
     return image.convert("RGB")
 
 
 def _room_for(pictures: list[np.ndarray], one_block: bool) -> np.ndarray | list[np.ndarray]:
-    """Allocate float32 arrays of the pictures' shapes: one for all, so that the batch is never copied, where it can be."""
+    """Allocates float32 arrays of the pictures' shapes, one block where they agree: then the batch is never copied."""
     shapes = {pixels.shape for pixels in pictures}
     if len(shapes) == 1:
         return np.empty((len(pictures), *shapes.pop()), np.float32)
@@ -317,8 +321,10 @@ def _from_array(array: np.ndarray | torch.Tensor, input_data_format: Any = None)
 
 
 def _rgb_planes(array: np.ndarray, input_data_format: Any) -> np.ndarray:
-    """Bring an array of any accepted layout to (3, H, W)."""
-    wrong_shape = f"An array of shape {array.shape} is not a picture: expected (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4."
+    """Brings an array of any accepted layout to (3, H, W)."""
+    wrong_shape = (
+        f"An array of shape {array.shape} is not a picture: give (H, W), (H, W, C) or (C, H, W), C = 1, 3 or 4."
+    )
     if array.ndim not in (2, 3) or array.size == 0:
         raise ValueError(wrong_shape)
     if array.ndim == 2:
@@ -336,7 +342,7 @@ def _rgb_planes(array: np.ndarray, input_data_format: Any) -> np.ndarray:
 
 
 def _levels(pixels: np.ndarray) -> np.ndarray:
-    """Bring whole numbers to 8 bits."""
+    """Brings whole numbers to 8 bits."""
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype == bool:

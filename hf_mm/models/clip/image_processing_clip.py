@@ -1,4 +1,4 @@
-"""Image processors of CLIP: shorter side to n, centre crop, normalise, as the published weights were trained and used."""
+"""Image processors of CLIP: shorter side to n, centre crop, normalise, as the published weights expect."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from PIL import Image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-from hf_mm.image_utils import RGBImageProcessorPil, RGBImageProcessorTorchvision, picture_size
+from ...image_utils import RGBImageProcessorPil, RGBImageProcessorTorchvision, picture_size
 
 
 class MMClipImageProcessorKwargs(ImagesKwargs, total=False):
     """Options of the CLIP image processors beyond those of transformers.
 
     Args:
-        convert_rgb_first: Convert to RGB before resizing (default). False converts after it as the original code does,
+        convert_rgb_first: convert to RGB before resizing (default); False converts after it as the original code does,
             which differs for palette pictures (resized by nearest neighbour) and for varying transparency.
     """
 
@@ -44,12 +44,12 @@ class _ClipRecipe:
     def process_image(
         self, image: Any, do_resize: bool = False, size: SizeDict | None = None, do_center_crop: bool = False, **kwargs
     ) -> Image.Image | np.ndarray | torch.Tensor:
-        """Open one picture; of a strip that is to be resized and cropped, only the middle."""
+        """Opens one picture; of a strip that is to be resized and cropped, only the middle."""
         picture = super().process_image(image, **kwargs)
         return _middle_of_strip(picture) if do_resize and do_center_crop and size.shortest_edge else picture
 
     def center_crop(self, image: np.ndarray | torch.Tensor, size: SizeDict, **kwargs) -> np.ndarray | torch.Tensor:
-        """Cut the centre (..., height, width) out; a smaller picture gets black margins, the odd pixel at the far end.
+        """Cuts the centre (..., height, width) out; a smaller picture gets black margins, odd pixels at the far end.
 
         The offset is `round((side - crop) / 2)` with Python's rounding to even, as in the reference recipe.
         """
@@ -64,14 +64,14 @@ class _ClipRecipe:
 class MMClipImageProcessorPil(_ClipRecipe, RGBImageProcessorPil):
     """CLIP's image processor on PIL: the reference recipe to the last bit, and the default.
 
-    Resize the shorter side to n (PIL bicubic, antialiased; longer side truncated), cut the n x n centre, divide by 255,
-    subtract the mean and divide by the standard deviation. Takes PIL images, numpy and torch arrays, paths, bytes.
+    Resizes the shorter side to n (PIL bicubic, antialiased; longer side truncated), cuts the n x n centre, divides by
+    255, subtracts the mean and divides by the standard deviation. Takes PIL images, arrays, tensors, paths, bytes.
 
     Args:
         size: n, or `{"shortest_edge": n}`, or `{"height": h, "width": w}` to squash.
         crop_size: n, or `{"height": h, "width": w}`; follows `size` where only that is given.
-        convert_rgb_first: See [`MMClipImageProcessorKwargs`].
-        **kwargs: The other options of transformers' image processors.
+        convert_rgb_first: see `MMClipImageProcessorKwargs`.
+        **kwargs: the other options of transformers' image processors.
 
     Source:
         Radford et al. 2021, section 2.5 and the published code.
@@ -89,8 +89,10 @@ class MMClipImageProcessor(_ClipRecipe, RGBImageProcessorTorchvision):
 
 
 def _middle_of_strip(picture: Image.Image | np.ndarray | torch.Tensor) -> Image.Image | np.ndarray | torch.Tensor:
-    """Cut a strip more than 100 times as long as wide to about that, before resizing makes it huge; the crop never sees
-    the ends. What goes is a multiple of twice the width at both ends, so that the crop falls on the same pixels.
+    """Cuts a strip more than 100 times as long as wide to about that, before resizing makes it huge.
+
+    The crop never sees the ends. What goes is a multiple of twice the width at both, so that the crop falls on the
+    same pixels.
     """
     width, height = picture_size(picture)
     short = min(width, height)
@@ -104,7 +106,7 @@ def _middle_of_strip(picture: Image.Image | np.ndarray | torch.Tensor) -> Image.
 
 
 def _crop_follows_size(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Crop to n where only `size` = n is given."""
+    """Crops to n where only `size` = n is given."""
     size = kwargs.get("size")
-    shortest = size if isinstance(size, int) else dict(size or {}).get("shortest_edge")
-    return {"crop_size": shortest, **kwargs} if shortest else kwargs
+    shortest = size.get("shortest_edge") if isinstance(size, (dict, SizeDict)) else size
+    return {"crop_size": shortest, **kwargs} if isinstance(shortest, int) else kwargs

@@ -6,7 +6,7 @@ import html
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,15 @@ SPLIT = r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]
 class MMClipTokenizer(TokenizersBackend):
     """CLIP's tokenizer: cleans the text, splits it into byte-level BPE tokens, and adds the start and end token.
 
-    The text is mended with `ftfy`, HTML entities are resolved, white space is collapsed, and the case is lowered, in every
-    way of calling. By default a text is cut to `model_max_length` tokens, the end token last, with one warning. Batches
-    are padded on the right with the end token, which the text tower never looks beyond.
+    The text is mended with `ftfy`, HTML entities are resolved, white space is collapsed, and the case is lowered, in
+    every way of calling. By default a text is cut to `model_max_length` tokens, the end token last, with one warning.
+    Batches are padded on the right with the end token, which the text tower never looks beyond.
 
     Args:
-        vocab: Tokens to ids in CLIP's order (see [`clip_vocabulary`]), or the path of a `vocab.json`.
-        merges: Pairs of symbols, best first, or the path of a `merges.txt`.
-        model_max_length: Context length of the text tower, start and end token included.
-        **kwargs: The other options of transformers' tokenizers.
+        vocab: tokens to ids in CLIP's order (see `clip_vocabulary`), or the path of a `vocab.json`.
+        merges: pairs of symbols, best first, or the path of a `merges.txt`.
+        model_max_length: context length of the text tower, start and end token included.
+        **kwargs: the other options of transformers' tokenizers.
 
     Source:
         Radford et al. 2021, section 2.4 and the published code.
@@ -66,6 +66,7 @@ class MMClipTokenizer(TokenizersBackend):
             raise ValueError(
                 f"CLIP pads with its end token {self.eos_token!r}; pad_token={self.pad_token!r} is refused."
             )
+        self._refuse_left_padding(None)
         self._tokenizer.post_processor = processors.RobertaProcessing(
             (self.eos_token, self.eos_token_id), (self.bos_token, self.bos_token_id), False, False
         )
@@ -74,12 +75,12 @@ class MMClipTokenizer(TokenizersBackend):
     def from_bpe_file(
         cls, path: str | Path, num_merges: int = PUBLISHED_MERGES, model_max_length: int = 77
     ) -> "MMClipTokenizer":
-        """Build the tokenizer from the published `bpe_simple_vocab_16e6.txt.gz`.
+        """Builds the tokenizer from the published `bpe_simple_vocab_16e6.txt.gz`.
 
         Args:
-            path: The file, gzipped or plain: a header line, then one merge a line.
-            num_merges: How many merges to take; the published models take 48,894 of the 262 thousand.
-            model_max_length: Context length of the text tower.
+            path: the file, gzipped or plain: a header line, then one merge a line.
+            num_merges: how many merges to take; the published models take 48,894 of the 262 thousand.
+            model_max_length: context length of the text tower.
 
         Returns:
             A tokenizer of `512 + num_merges + 2` ids.
@@ -100,14 +101,14 @@ class MMClipTokenizer(TokenizersBackend):
 
     @classmethod
     def train_from_iterator(
-        cls, texts: Iterable[str], vocab_size: int, model_max_length: int = 77
+        cls, texts: Iterable[str] | Iterable[list[str]], vocab_size: int, model_max_length: int = 77
     ) -> "MMClipTokenizer":
-        """Learn the merges from texts; equal texts give an equal tokenizer.
+        """Learns the merges from texts; equal texts give an equal tokenizer.
 
         Args:
-            texts: The corpus.
-            vocab_size: Number of ids, at least 514; fewer come out where the corpus has no more pairs that occur twice.
-            model_max_length: Context length of the text tower.
+            texts: the corpus, text by text or in lists.
+            vocab_size: number of ids, at least 514; fewer come out if no more pairs occur twice.
+            model_max_length: context length of the text tower.
 
         Returns:
             A tokenizer whose vocabulary is in CLIP's order and covers every string.
@@ -119,11 +120,10 @@ class MMClipTokenizer(TokenizersBackend):
             )
         # While training, the last symbol of a word is one character too, so that the trainer knows all 512 beforehand.
         word_final = {symbol: chr(0xE000 + ord(symbol)) for symbol in alphabet}
-        split = _bpe_tokenizer(clip_vocabulary([]), []).pre_tokenizer.pre_tokenize_str
         learner = Tokenizer(BPE())
         learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         learner.train_from_iterator(
-            (" ".join(word[:-1] + word_final[word[-1]] for word, _ in split(clean_text(text))) for text in texts),
+            (" ".join(word[:-1] + word_final[word[-1]] for word in words) for words in _words(texts)),
             BpeTrainer(
                 vocab_size=vocab_size - 2,
                 min_frequency=2,
@@ -136,8 +136,10 @@ class MMClipTokenizer(TokenizersBackend):
         merges = [(left.translate(published), right.translate(published)) for left, right in learned]
         return cls(clip_vocabulary(merges), merges, model_max_length=model_max_length)
 
-    def train_new_from_iterator(self, text_iterator: Iterable[str], vocab_size: int, **kwargs) -> "MMClipTokenizer":
-        """Learn a new tokenizer of the same kind and context length, see [`train_from_iterator`]."""
+    def train_new_from_iterator(
+        self, text_iterator: Iterable[str] | Iterable[list[str]], vocab_size: int, **kwargs
+    ) -> "MMClipTokenizer":
+        """Learns a new tokenizer of the same kind and context length, see `train_from_iterator`."""
         return self.train_from_iterator(text_iterator, vocab_size, self.model_max_length)
 
     def pad(self, encoded_inputs: Any, *args, padding_side: str | None = None, **kwargs) -> BatchEncoding:
@@ -165,7 +167,7 @@ class MMClipTokenizer(TokenizersBackend):
         cleaned = clean_text(texts) if isinstance(texts, str) else [clean_text(row) for row in texts]
         encoded = super()._encode_plus(text=cleaned, padding_side=padding_side, **kwargs)
         if any(encoding.overflowing for encoding in encoded.encodings):
-            logger.warning_once("Texts longer than the context were cut; pass truncation=False to keep them whole.")
+            logger.warning_once("Texts longer than the context were cut, the end token kept.")
         return encoded
 
     def _refuse_left_padding(self, padding_side: str | None) -> None:
@@ -174,10 +176,10 @@ class MMClipTokenizer(TokenizersBackend):
 
 
 def clip_vocabulary(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
-    """Number the tokens in CLIP's order: 256 bytes, the same at a word's end, the merges, start and end of text.
+    """Numbers the tokens in CLIP's order: 256 bytes, the same at a word's end, the merges, start and end of text.
 
     Args:
-        merges: Pairs of symbols, best first.
+        merges: pairs of symbols, best first.
 
     Returns:
         Tokens to ids.
@@ -188,13 +190,13 @@ def clip_vocabulary(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
 
 
 def clean_text(text: str) -> str:
-    """Mend, unescape, collapse white space and lower the case, as CLIP's training texts were cleaned."""
+    """Mends, unescapes, collapses white space and lowers the case, as CLIP's training texts were cleaned."""
     text = html.unescape(html.unescape(_text_fixer()(text)))
     return re.sub(r"\s+", " ", text).strip().lower()
 
 
 def check_texts(text: Any) -> str | list[str]:
-    """Pass one string, or any iterable of strings as a list.
+    """Passes one string, or any iterable of strings as a list.
 
     Raises:
         ValueError: If it is empty, or a row is missing or no string; the row is named.
@@ -225,6 +227,15 @@ def _text_fixer() -> Callable[[str], str]:
         )
         return functools.partial(unicodedata.normalize, "NFC")
     return fix_text
+
+
+def _words(texts: Iterable[str] | Iterable[list[str]]) -> Iterator[list[str]]:
+    """Splits each text of a corpus into words of byte symbols."""
+    split = _bpe_tokenizer(clip_vocabulary([]), []).pre_tokenizer.pre_tokenize_str
+    for entry in texts:
+        rows = check_texts(entry)
+        for text in [rows] if isinstance(rows, str) else rows:
+            yield [word for word, _ in split(clean_text(text))]
 
 
 def _byte_symbols() -> list[str]:

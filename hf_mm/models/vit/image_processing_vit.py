@@ -11,7 +11,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-from hf_mm.image_utils import (
+from ...image_utils import (
     RGBImageProcessorPil,
     RGBImageProcessorTorchvision,
     channels_first,
@@ -55,13 +55,13 @@ class _ViTRecipe:
 class MMViTImageProcessorPil(_ViTRecipe, RGBImageProcessorPil):
     """ViT's image processor on PIL, the default.
 
-    Resize to (height, width) whatever the shape, divide by 255, scale to -1..1. Takes PIL images, numpy and torch
-    arrays, paths, bytes.
+    Resizes to (height, width) whatever the shape, divides by 255, scales to -1..1. Takes PIL images, arrays,
+    tensors, paths, bytes.
 
     Args:
         size: n, or `{"height": h, "width": w}`, or `{"shortest_edge": n}`.
-        antialias: See [`MMViTImageProcessorKwargs`].
-        **kwargs: The other options of transformers' image processors.
+        antialias: see `MMViTImageProcessorKwargs`.
+        **kwargs: the other options of transformers' image processors.
 
     Source:
         Dosovitskiy et al. 2021 and the published code.

@@ -1,0 +1,1 @@
+"""Pictures with texts: the bundled emoji, and whatever a user brings."""
