@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 
 from ..losses.contrastive import supervised_contrastive_loss
@@ -31,6 +29,9 @@ class ContrastiveTrainingArguments(TrainingArguments):
     view_loss_temperature: float = field(
         default=0.1, metadata={"help": "Temperature of the loss between pictures of one group."}
     )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Start anew in an output folder that holds another run."}
+    )
 
     def __post_init__(self):
         # Raw pictures are columns that no forward() names, and unequal batches have no common loss.
@@ -50,6 +51,7 @@ class ContrastiveTrainer(AtomicCheckpoints, Trainer):
     Args:
         processing_class: the processor; it is saved with every checkpoint, so that a checkpoint can prepare its inputs.
         train_batch_sampler: yields lists of `train_dataset` keys and has ``set_epoch``; without one, Trainer samples.
+            A dataset with ``is_split_by_rank`` is a stream that gives every rank its own part.
 
     Raises:
         ValueError: trainable weights are in half precision, in which Adam's update underflows.
@@ -73,20 +75,25 @@ class ContrastiveTrainer(AtomicCheckpoints, Trainer):
         return decay_parameter_names(model)
 
     def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        options = {
+            "collate_fn": self.data_collator,
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory,
+            "persistent_workers": args.dataloader_persistent_workers,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+        }
+        if getattr(self.train_dataset, "is_split_by_rank", False):
+            return DataLoader(self.train_dataset, batch_size=args.per_device_train_batch_size, **options)
         if self.train_batch_sampler is None:
             return super().get_train_dataloader()
-        args = self.args
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=self.train_batch_sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
-        )
+        loader = DataLoader(self.train_dataset, batch_sampler=self.train_batch_sampler, **options)
         return self.accelerator.prepare(loader)
+
+    def _run_epoch(self, *args, epoch: int, **kwargs):
+        if self.train_batch_sampler is not None:
+            self.train_batch_sampler.set_epoch(epoch)
+        return super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)

@@ -5,13 +5,23 @@ from __future__ import annotations
 import difflib
 import json
 import sys
-from dataclasses import fields
+import shutil
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 RECIPE_FILE = "recipe.json"
+RESULT_FILE = "results.json"
+
+# Settings of TrainingArguments that the trained weights depend on.
+DECISIVE = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs"),
+    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "bf16", "fp16"),
+)
 
 
 def read_recipe(path: str | Path) -> dict:
@@ -56,28 +66,48 @@ def parse_recipe(argument_classes: tuple[type, ...], argv: list[str] | None = No
     return parser.parse_args_into_dataclasses(args=argv)
 
 
-def claim_output_dir(output_dir: str | Path, recipe: dict, overwrite: bool = False) -> None:
-    """Makes the folder of a run and writes its recipe there; a folder that holds another run is refused.
+def decisive_settings(*groups) -> dict:
+    """What a run's result depends on: every setting of its own groups, and those of Trainer that matter."""
+    settings = {}
+    for group in groups:
+        if isinstance(group, TrainingArguments):
+            own = {f.name for f in fields(group)} - {f.name for f in fields(TrainingArguments)} - {"overwrite"}
+            settings |= {name: getattr(group, name) for name in (*DECISIVE, *sorted(own))}
+        else:
+            settings |= asdict(group)
+    return json.loads(json.dumps(settings, default=str))
+
+
+def claim_output_dir(output_dir: str | Path, settings: dict, overwrite: bool = False) -> None:
+    """Makes the folder of a run and writes its settings there; a folder that holds another run is refused.
 
     Args:
         output_dir: where the run writes.
-        recipe: the settings that its result depends on, as JSON.
-        overwrite: take the folder over: what it holds is left in place, its checkpoints are removed by the caller.
+        settings: what its result depends on, see `decisive_settings`.
+        overwrite: start anew: the earlier run's checkpoints and results are removed.
 
     Raises:
-        ValueError: the folder holds a run of another recipe; the sentence names the first setting that differs.
+        ValueError: the folder holds a run with other settings; the sentence names the first that differs.
     """
     path = Path(output_dir) / RECIPE_FILE
-    recipe = json.loads(json.dumps(recipe, default=str))
-    if path.exists() and not overwrite:
+    if overwrite:
+        for checkpoint in path.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            shutil.rmtree(checkpoint)
+        (path.parent / RESULT_FILE).unlink(missing_ok=True)
+    elif path.exists():
         earlier = json.loads(path.read_text())
-        for name in sorted(recipe.keys() | earlier.keys()):
-            if earlier.get(name) != recipe.get(name):
+        for name in sorted(settings.keys() | earlier.keys()):
+            if earlier.get(name) != settings.get(name):
                 raise ValueError(
-                    f"{output_dir} holds a run with {name} = {earlier.get(name)!r}, now it is {recipe.get(name)!r}: "
-                    "choose another --output_dir, or pass --overwrite to start anew."
+                    f"{output_dir} holds a run with {name} = {earlier.get(name)!r}, now it is {settings.get(name)!r}: "
+                    "choose another --output_dir, or pass --overwrite true to start anew."
                 )
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
+
+
+def write_json(path: Path, value: dict | list) -> None:
+    """Writes a JSON file that is there whole or not at all."""
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(recipe, indent=2, sort_keys=True))
+    aside.write_text(json.dumps(value, indent=2, sort_keys=True))
     aside.replace(path)

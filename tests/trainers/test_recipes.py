@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hf_mm.trainers.recipes import RECIPE_FILE, claim_output_dir, parse_recipe, read_recipe
+from hf_mm.trainers.recipes import RECIPE_FILE, RESULT_FILE, claim_output_dir, parse_recipe, read_recipe
 
 
 @dataclass
@@ -64,7 +64,10 @@ def test_missing_recipe(tmp_path):
 def test_a_folder_keeps_to_one_recipe(tmp_path):
     claim_output_dir(tmp_path / "run", {"learning_rate": 1e-3, "seed": 0})
     claim_output_dir(tmp_path / "run", {"learning_rate": 1e-3, "seed": 0})
-    with pytest.raises(ValueError, match=r"learning_rate = 0.001, now it is 0.002: .* --overwrite"):
+    with pytest.raises(ValueError, match=r"learning_rate = 0.001, now it is 0.002: .* --overwrite true"):
         claim_output_dir(tmp_path / "run", {"learning_rate": 2e-3, "seed": 0})
+    (tmp_path / "run" / "checkpoint-3").mkdir()
+    (tmp_path / "run" / RESULT_FILE).touch()
     claim_output_dir(tmp_path / "run", {"learning_rate": 2e-3, "seed": 0}, overwrite=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [RECIPE_FILE]
     assert '"learning_rate": 0.002' in (tmp_path / "run" / RECIPE_FILE).read_text()

@@ -1,0 +1,231 @@
+"""From rows to batches: what the training loops draw, and a collator for any `datasets.Dataset` with the stock Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import IterableDataset as HFIterableDataset
+
+from .augment import NUM_DRAWS, ImageAugmentation
+from .image_text import BrokenRow, Columns, ImageText, ImageTextRows, any_caption, stable_id
+from .sampling import Draw
+
+TextOf = Callable[[ImageText, Random], str]
+
+
+class _Samples:
+    """Turns a row into a training sample. All that is random in it comes from (seed, epoch, index, copy)."""
+
+    def __init__(self, image_processor: Any, text_of: TextOf = any_caption, seed: int = 0):
+        self.image_processor, self.text_of, self.seed = image_processor, text_of, seed
+
+    def pixels(self, row: ImageText) -> torch.Tensor:
+        """The picture at the model's size, ``(3, n, n)`` uint8: the processor's own resize and crop."""
+        outputs = self.image_processor(row.image, do_rescale=False, do_normalize=False, return_tensors="np")
+        return torch.from_numpy(outputs["pixel_values"][0].astype(np.uint8))
+
+    def sample(self, row: ImageText, draw: Draw, pixels: torch.Tensor) -> dict[str, Any]:
+        rng = Random(f"{self.seed}/{draw.epoch}/{draw.index}/{draw.copy}")
+        return {
+            "pixels": pixels,
+            "text": self.text_of(row, rng),
+            "draws": [rng.random() for _ in range(NUM_DRAWS)],
+            "may_flip": row.row.get("flip_ok", True),
+            "image_id": row.image_id,
+            "group": row.group,
+        }
+
+
+class ImageTextDraws(torch.utils.data.Dataset):
+    """Training samples of map-style rows, asked for by `Draw`.
+
+    A broken row is replaced by the next good one, so that batches stay full and every caption keeps its own picture;
+    the sample says what was skipped.
+
+    Args:
+        rows: see `open_rows`.
+        image_processor: of the model.
+        text_of: chooses the text of a sample.
+        seed: of everything a sample draws.
+        strict: raise at a broken row.
+        cache_images: keep every picture at the model's size in memory.
+    """
+
+    def __init__(
+        self,
+        rows: ImageTextRows,
+        image_processor: Any,
+        text_of: TextOf = any_caption,
+        seed: int = 0,
+        strict: bool = False,
+        cache_images: bool = False,
+    ):
+        self.rows, self.strict = rows, strict
+        self.samples = _Samples(image_processor, text_of, seed)
+        self.cache: dict[int, tuple[ImageText, torch.Tensor]] | None = {} if cache_images else None
+        self.broken: dict[int, BrokenRow] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
+        draw = draw if isinstance(draw, Draw) else Draw(0, draw)
+        skipped = []
+        for offset in range(len(self)):
+            index = (draw.index + offset) % len(self)
+            try:
+                row, pixels = self._read(index)
+            except BrokenRow as error:
+                if self.strict:
+                    raise
+                skipped.append((error.row, error.reason))
+                continue
+            return {**self.samples.sample(row, draw, pixels), "skipped": skipped}
+        raise ValueError(f"none of the {len(self)} rows can be read; the first: {skipped[0][0]}: {skipped[0][1]}.")
+
+    def _read(self, index: int) -> tuple[ImageText, torch.Tensor]:
+        if self.cache is not None and index in self.cache:
+            return self.cache[index]
+        if index in self.broken:
+            raise self.broken[index]
+        try:
+            row = self.rows[index]
+        except BrokenRow as error:
+            self.broken[index] = error
+            raise
+        read = row, self.samples.pixels(row)
+        if self.cache is not None:
+            row.image = None  # the cache keeps the small copy only
+            self.cache[index] = read
+        return read
+
+
+class ImageTextStream(torch.utils.data.IterableDataset):
+    """Training samples of a stream, without end: each pass is shuffled anew. Broken rows are left out.
+
+    Args:
+        stream: rows with undecoded pictures, already this rank's part.
+        columns: what its columns hold.
+        image_processor, text_of, seed, strict: see `ImageTextDraws`.
+        shuffle_buffer: rows among which the stream is shuffled.
+    """
+
+    is_split_by_rank = True
+
+    def __init__(
+        self,
+        stream: HFIterableDataset,
+        columns: Columns,
+        image_processor: Any,
+        text_of: TextOf = any_caption,
+        seed: int = 0,
+        strict: bool = False,
+        shuffle_buffer: int = 10_000,
+    ):
+        self.stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        self.columns, self.strict = columns, strict
+        self.samples = _Samples(image_processor, text_of, seed)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        epoch, skipped = 0, []
+        while True:
+            self.stream.set_epoch(epoch)
+            found = False
+            for number, fields in enumerate(self.stream):
+                try:
+                    row = self.columns.read(fields, number)
+                except BrokenRow as error:
+                    if self.strict:
+                        raise
+                    skipped.append((error.row, error.reason))
+                    continue
+                found = True
+                yield {**self.samples.sample(row, Draw(epoch, number), self.samples.pixels(row)), "skipped": skipped}
+                skipped = []
+            if not found:
+                raise ValueError("no row of the stream can be read.")
+            epoch += 1
+
+
+class ContrastiveCollator:
+    """Samples of `ImageTextDraws` or `ImageTextStream` to the inputs of a dual encoder.
+
+    Args:
+        processor: of the model.
+        augmentation: changes the pictures; None gives exactly what the processor gives.
+    """
+
+    def __init__(self, processor: Any, augmentation: ImageAugmentation | None = None):
+        self.processor, self.augmentation = processor, augmentation
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        texts = [sample["text"] for sample in samples]
+        tokens = self.processor.tokenizer(texts, padding=True, return_tensors="pt")
+        return {
+            "pixel_values": self._pixel_values(samples),
+            "input_ids": tokens["input_ids"],
+            "attention_mask": tokens["attention_mask"],
+            "image_ids": torch.tensor([stable_id(sample["group"]) for sample in samples]),
+            "text_ids": torch.tensor([stable_id(text.strip().lower()) for text in texts]),
+            "skipped": [row for sample in samples for row in sample["skipped"]],
+        }
+
+    def _pixel_values(self, samples: list[dict[str, Any]]) -> torch.Tensor:
+        pixels = torch.stack([sample["pixels"] for sample in samples])
+        processor = self.processor.image_processor
+        if self.augmentation is None:
+            return processor(list(pixels), input_data_format="channels_first", return_tensors="pt")["pixel_values"]
+        draws = torch.tensor([sample["draws"] for sample in samples])
+        may_flip = torch.tensor([sample["may_flip"] for sample in samples])
+        images = self.augmentation(pixels, draws, may_flip)
+        mean, std = (
+            images.new_tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std)
+        )
+        return (images - mean) / std
+
+
+class ImageTextCollator:
+    """For a `datasets.Dataset` of pictures and captions and the stock Trainer (``remove_unused_columns=False``).
+
+    Args:
+        processor: of the model.
+        image_column: column of the pictures.
+        caption_column: column of the captions; of a list, the first that is not empty is taken.
+        strict: raise at a missing or broken picture or caption; else its row is left out of the batch and `skipped`
+            counts it.
+
+    Raises:
+        ValueError: a column is missing, a row is broken (`strict`), or no row of a batch is left.
+    """
+
+    def __init__(self, processor: Any, image_column: str = "image", caption_column: str = "text", strict: bool = True):
+        self.processor, self.strict = processor, strict
+        self.columns = Columns(image_column, caption_column)
+        self.skipped: dict[str, str] = {}
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        for argument, name in (("image_column", self.columns.image), ("caption_column", self.columns.caption)):
+            if name not in rows[0]:
+                raise ValueError(
+                    f"rows have no column {name!r}, only {', '.join(rows[0]) or 'none'}: set {argument}, and "
+                    "remove_unused_columns=False in TrainingArguments, without which Trainer drops raw columns."
+                )
+        good = []
+        for number, row in enumerate(rows):
+            try:
+                good.append(self.columns.read(row, number))
+            except BrokenRow as error:
+                if self.strict:
+                    raise
+                self.skipped[error.row] = error.reason
+        if not good:
+            raise ValueError(f"no row of this batch can be read; {next(iter(self.skipped.items()))}.")
+        return dict(
+            self.processor(
+                images=[row.image for row in good], text=[row.captions[0] for row in good], return_tensors="pt"
+            )
+        )

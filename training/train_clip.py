@@ -1,0 +1,253 @@
+"""Trains a CLIP on image-text pairs, evaluates it, and saves it as a Hub repository folder.
+
+    python training/train_clip.py training/recipes/clip_emoji.yaml
+    python training/train_clip.py training/recipes/clip_emoji.yaml --source PATH_TO_MY_PICTURES --output_dir outputs/mine
+    torchrun --nproc_per_node 2 training/train_clip.py RECIPE.yaml
+    accelerate launch training/train_clip.py RECIPE.yaml --bf16 true
+
+The same command resumes a run that was stopped, at any moment, and ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+import transformers
+from datasets.distributed import split_dataset_by_node
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+import hf_mm
+from hf_mm.data.augment import AugmentArguments, ImageAugmentation
+from hf_mm.data.collators import ContrastiveCollator, ImageTextDraws, ImageTextStream
+from hf_mm.data.image_text import (
+    DataArguments,
+    ImageTextRows,
+    any_caption,
+    emoji_corpus,
+    emoji_text,
+    open_rows,
+    open_stream,
+)
+from hf_mm.data.sampling import GroupBatchSampler
+from hf_mm.evaluation.retrieval import evaluate_retrieval
+from hf_mm.evaluation.style_shift import evaluate_emoji
+from hf_mm.hub.model_card import build_model_card
+from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
+from hf_mm.models.clip.processing_clip import MMClipProcessor
+from hf_mm.models.clip.tokenization_clip import MMClipTokenizer
+from hf_mm.trainers.callbacks import LiveProgress
+from hf_mm.trainers.checkpointing import latest_checkpoint
+from hf_mm.trainers.contrastive import ContrastiveTrainer, ContrastiveTrainingArguments
+from hf_mm.trainers.recipes import (
+    RESULT_FILE,
+    claim_output_dir,
+    decisive_settings,
+    parse_recipe,
+    write_json,
+)
+
+LOG_FILE = "log_history.json"
+CAPTIONS_FOR_VOCABULARY = 100_000
+
+
+@dataclass
+class ModelArguments:
+    """The model: one to start from, or the shape of a new one."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A saved CLIP to go on from. Without one, a new model is made."}
+    )
+    vision_config: dict | str | None = field(
+        default=None, metadata={"help": "Config of a new model's picture tower (in a recipe, or as JSON)."}
+    )
+    text_config: dict | str | None = field(
+        default=None, metadata={"help": "Config of a new model's text tower (in a recipe, or as JSON)."}
+    )
+    projection_dim: int = field(default=512, metadata={"help": "Width of a new model's joint space."})
+    bpe_file: str | None = field(
+        default=None,
+        metadata={"help": "bpe_simple_vocab_16e6.txt.gz, for the original vocabulary. Without it one is learnt."},
+    )
+    vocab_size: int = field(default=4096, metadata={"help": "Size of a vocabulary learnt from the captions."})
+
+    def __post_init__(self):
+        for name in ("vision_config", "text_config"):
+            value = getattr(self, name) or {}
+            setattr(self, name, json.loads(value) if isinstance(value, str) else value)
+
+
+@dataclass
+class Data:
+    """A source, opened: rows to train on and rows held out, or a stream."""
+
+    args: DataArguments
+    train: ImageTextRows | None = None
+    held_out: ImageTextRows | None = None
+
+    @classmethod
+    def open(cls, args: DataArguments) -> "Data":
+        if args.streaming:
+            return cls(args, held_out=open_rows(args, args.validation_split) if args.validation_split else None)
+        train = open_rows(args)
+        if args.source == "emoji":
+            return cls(args, train)
+        if args.validation_split:
+            return cls(args, train, open_rows(args, args.validation_split))
+        return cls(args, *train.split_off(args.validation_fraction))
+
+    @property
+    def text_of(self):
+        return emoji_text if self.args.source == "emoji" else any_caption
+
+    def corpus(self):
+        """Texts to learn a vocabulary from."""
+        if self.args.source == "emoji":
+            return emoji_corpus(self.train)
+        if self.train is not None:
+            return islice(self.train.texts(), CAPTIONS_FOR_VOCABULARY)
+        stream, columns = open_stream(self.args)
+        return (text for row in stream.take(CAPTIONS_FOR_VOCABULARY) for text in columns.captions(row))
+
+    def draws(self, image_processor, args: ContrastiveTrainingArguments):
+        """The training dataset and the sampler of its batches (a stream has none)."""
+        options = {"text_of": self.text_of, "seed": args.seed, "strict": self.args.strict}
+        if self.train is None:
+            stream, columns = open_stream(self.args)
+            stream = split_dataset_by_node(stream, rank=args.process_index, world_size=args.world_size)
+            options["shuffle_buffer"] = self.args.shuffle_buffer
+            return ImageTextStream(stream, columns, image_processor, **options), None
+        dataset = ImageTextDraws(self.train, image_processor, cache_images=self.args.cache_images, **options)
+        sampler = GroupBatchSampler(
+            self.train.groups(), args.per_device_train_batch_size, self.args.views_per_group, args.seed
+        )
+        return dataset, sampler
+
+
+def build_processor(args: ModelArguments, data: Data) -> MMClipProcessor:
+    """The processor of the model to start from, or a new one with the published or a learnt vocabulary."""
+    if args.model_name_or_path:
+        return AutoProcessor.from_pretrained(args.model_name_or_path)
+    context = args.text_config.get("max_position_embeddings", 77)
+    tokenizer = (
+        MMClipTokenizer.from_bpe_file(args.bpe_file, model_max_length=context)
+        if args.bpe_file
+        else MMClipTokenizer.train_from_iterator(data.corpus(), args.vocab_size, model_max_length=context)
+    )
+    return MMClipProcessor(MMClipImageProcessorPil(size=args.vision_config.get("image_size", 224)), tokenizer)
+
+
+def build_model(args: ModelArguments, tokenizer: MMClipTokenizer) -> PreTrainedModel:
+    """The model to start from, or a new one whose text tower fits the tokenizer."""
+    if args.model_name_or_path:
+        return AutoModel.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = AutoConfig.for_model(
+        "mm_clip",
+        vision_config=args.vision_config,
+        text_config={**args.text_config, "vocab_size": len(tokenizer), **ids},
+        projection_dim=args.projection_dim,
+    )
+    return AutoModel.from_config(config)
+
+
+def evaluate(model: PreTrainedModel, processor: MMClipProcessor, data: Data, skipped: dict[str, str]) -> dict:
+    """Metrics of a trained model on what it was not trained on, with chance and baselines beside them."""
+    if data.args.source == "emoji":
+        return {
+            "size_normalized": evaluate_emoji(model, processor, normalize_size=True),
+            "original": evaluate_emoji(model, processor, normalize_size=False),
+        }
+    if not data.held_out:
+        return {}
+    rows = list(data.held_out.readable(skipped, data.args.strict, desc="Reading held-out pictures"))
+    images, captions = [row.image for row in rows], [row.captions for row in rows]
+    return {"held_out": evaluate_retrieval(model, processor, images, captions)}
+
+
+def describe_machine() -> dict[str, str | int]:
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_mm": hf_mm.__version__,
+    }
+
+
+def train(argv: list[str] | None = None) -> Path:
+    """Runs a recipe to its end, or finds that it has been run. Returns the folder of the trained model."""
+    model_args, data_args, augment_args, args = parse_recipe(
+        (ModelArguments, DataArguments, AugmentArguments, ContrastiveTrainingArguments), argv
+    )
+    output_dir = Path(args.output_dir)
+    settings = decisive_settings(model_args, data_args, augment_args, args)
+    if args.process_index == 0:
+        claim_output_dir(output_dir, settings, args.overwrite)
+    if (output_dir / RESULT_FILE).exists():
+        print(f"{output_dir} holds a finished run of this recipe.")
+        return output_dir
+
+    set_seed(args.seed)
+    data = Data.open(data_args)
+    processor = build_processor(model_args, data)
+    model = build_model(model_args, processor.tokenizer).to(memory_format=torch.channels_last)
+    dataset, sampler = data.draws(processor.image_processor, args)
+    trainer = ContrastiveTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        train_batch_sampler=sampler,
+        data_collator=ContrastiveCollator(processor, ImageAugmentation(augment_args)),
+        processing_class=processor,
+    )
+    if trainer.pop_callback(ProgressCallback) or trainer.pop_callback(PrinterCallback):
+        trainer.add_callback(LiveProgress())
+    started = time.perf_counter()
+    outcome = trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))
+    seconds = time.perf_counter() - started
+    trainer.save_model(str(output_dir))
+
+    metrics = evaluate(model, processor, data, trainer.skipped)
+    if trainer.is_world_process_zero():
+        results = {
+            "metrics": metrics,
+            "training": {
+                "steps": trainer.state.global_step,
+                "seconds": round(seconds, 1),
+                "batch_size": args.per_device_train_batch_size * args.world_size,
+                "loss": outcome.training_loss,
+                "parameters": model.num_parameters(),
+            },
+            "data": {"source": data_args.source, "pictures": len(data.train or []), "skipped": trainer.skipped},
+            "machine": describe_machine(),
+        }
+        write_json(output_dir / LOG_FILE, trainer.state.log_history)
+        save_card(output_dir, model, settings, results)
+        write_json(output_dir / RESULT_FILE, results)
+        report_skipped(trainer.skipped)
+    return output_dir
+
+
+def report_skipped(skipped: dict[str, str], shown: int = 10) -> None:
+    if skipped:
+        print(f"{len(skipped)} rows were skipped:")
+        for row, reason in list(skipped.items())[:shown]:
+            print(f"  {row}: {reason}")
+        if len(skipped) > shown:
+            print(f"  ... all of them are in {RESULT_FILE}")
+
+
+if __name__ == "__main__":
+    try:
+        print(f"The model is in {train()}.")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
