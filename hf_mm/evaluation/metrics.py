@@ -59,13 +59,17 @@ def chance_recall_at_k(num_positives: torch.Tensor, gallery: int, k: int) -> flo
         gallery: number of answers g.
         k: length of the list.
     """
-    return 100 * np.mean([1 - _misses(m, gallery)[min(k, gallery)] for m in num_positives.tolist()])
+    counts, queries = np.unique(num_positives, return_counts=True)
+    recalls = [1 - _misses(m, gallery)[min(k, gallery)] for m in counts]
+    return 100 * float(np.average(recalls, weights=queries))
 
 
 def chance_reciprocal_rank(num_positives: torch.Tensor, gallery: int) -> float:
     """Mean reciprocal rank of a random order, in percent; arguments as of `chance_recall_at_k`."""
+    counts, queries = np.unique(num_positives, return_counts=True)
     places = np.arange(1, gallery + 1)
-    return 100 * np.mean([np.sum(-np.diff(_misses(m, gallery)) / places) for m in num_positives.tolist()])
+    means = [np.sum(-np.diff(_misses(m, gallery)) / places) for m in counts]
+    return 100 * float(np.average(means, weights=queries))
 
 
 def _misses(num_positives: int, gallery: int) -> np.ndarray:

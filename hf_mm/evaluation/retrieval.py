@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def evaluate_retrieval(
     """
     _check(images, captions, gallery, ids)
     texts = list(dict.fromkeys(gallery if gallery is not None else (text for own in captions for text in own)))
-    positives = shared_captions(captions, range(len(images)) if ids is None else ids, texts)
+    positives = right_texts(captions if ids is None else shared_captions(captions, ids), texts)
     image_embeds = embed_images(model, processor, images, batch_size, progress)
     text_embeds = embed_texts(model, processor, texts, batch_size, progress)
     similarity, asked = image_embeds @ text_embeds.T, positives.any(dim=0)
@@ -57,16 +57,22 @@ def evaluate_retrieval(
     }
 
 
-def shared_captions(captions: Sequence[Sequence[str]], ids: Sequence[Hashable], texts: Sequence[str]) -> torch.Tensor:
-    """``(n, g)`` bool: text g is a caption of a picture with the id of picture n."""
+def right_texts(right: Iterable[Iterable[str]], texts: Sequence[str]) -> torch.Tensor:
+    """``(n, g)`` bool: text g is among the right ones of picture n; what is not in the gallery does not count."""
     column = {text: index for index, text in enumerate(texts)}
-    columns = defaultdict(set)
-    for identity, own in zip(ids, captions, strict=True):
-        columns[identity].update(column[text] for text in own)
-    positives = torch.zeros(len(ids), len(texts), dtype=torch.bool)
-    for row, identity in enumerate(ids):
-        positives[row, list(columns[identity])] = True
+    rows = [[column[text] for text in own if text in column] for own in right]
+    positives = torch.zeros(len(rows), len(texts), dtype=torch.bool)
+    for row, columns in enumerate(rows):
+        positives[row, columns] = True
     return positives
+
+
+def shared_captions(captions: Sequence[Iterable[str]], ids: Sequence[Hashable]) -> list[set[str]]:
+    """For each picture, the captions of all pictures with its id."""
+    captions_of = defaultdict(set)
+    for identity, own in zip(ids, captions, strict=True):
+        captions_of[identity].update(own)
+    return [captions_of[identity] for identity in ids]
 
 
 def _check(images, captions, gallery, ids) -> None:

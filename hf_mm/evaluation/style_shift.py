@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..data.emoji import STYLES, load_emoji
 from .embeddings import embed_images, embed_texts
 from .metrics import accuracy, balanced_accuracy, retrieval_metrics
 from .pixels import embed_pixels, nearest_pictures
+from .retrieval import right_texts, shared_captions
 from .zero_shot import class_means, classification_metrics
 
 NEW_STYLE = "openmoji"
@@ -67,11 +67,12 @@ def evaluate_emoji(
         rows = np.flatnonzero((pictures.split == split) & ((pictures.style == style) | (style is None)))
         own = list(dict.fromkeys(pictures.caption[rows]))
         captions = {"train": train_captions, "all": all_captions, "own": own}[gallery]
-        return {**_retrieval(pictures, rows, captions), "is_result": name != "fit"}
+        return _retrieval(pictures, rows, captions)
 
     seen_new = {style: ("style", "both") if style == NEW_STYLE else ("cell", "concept") for style in STYLES}
     return {
         **{name: cell(name) for name in CELLS},
+        "fit": {**cell("fit"), "is_result": False},
         "styles": {
             style: {"seen": cell(seen, style), "new": cell(new, style)} for style, (seen, new) in seen_new.items()
         },
@@ -89,7 +90,7 @@ class _Pictures:
     style: np.ndarray
     caption: np.ndarray
     subgroup: np.ndarray
-    right: list[frozenset[str]]  # captions that are right for the picture
+    right: list[set[str]]  # captions that are right for the picture
     images: torch.Tensor
     pixels: torch.Tensor
     texts: dict[str, torch.Tensor]
@@ -99,32 +100,24 @@ def _embed(model: nn.Module, processor: Any, normalize_size: bool, batch_size: i
     emoji = load_emoji("all", normalize_size=normalize_size)
     images = list(emoji["image"])
     split, style, caption, subgroup = (np.array(emoji[name][:]) for name in ("split", "style", "caption", "subgroup"))
-    captions = sorted(set(caption.tolist()))
+    captions = sorted(set(caption))
+    looks = [(artist, image.tobytes()) for artist, image in zip(style, images, strict=True)]
     return _Pictures(
         split=split,
         style=style,
         caption=caption,
         subgroup=subgroup,
-        right=_captions_of_identical(images, style, caption),
+        right=shared_captions([[text] for text in caption], looks),
         images=embed_images(model, processor, images, batch_size, progress),
         pixels=embed_pixels(images),
         texts=dict(zip(captions, embed_texts(model, processor, captions, batch_size, progress), strict=True)),
     )
 
 
-def _captions_of_identical(images: list[Any], style: np.ndarray, caption: np.ndarray) -> list[frozenset[str]]:
-    """For each picture, the captions of all pictures of its style that equal it in every pixel."""
-    keys = [(artist, image.tobytes()) for artist, image in zip(style, images, strict=True)]
-    captions = defaultdict(set)
-    for key, text in zip(keys, caption, strict=True):
-        captions[key].add(text)
-    return [frozenset(captions[key]) for key in keys]
-
-
 def _retrieval(pictures: _Pictures, rows: np.ndarray, captions: list[str]) -> dict[str, Any]:
     texts = torch.stack([pictures.texts[text] for text in captions])
     similarity = pictures.images[rows] @ texts.T
-    positives = torch.tensor([[text in pictures.right[row] for text in captions] for row in rows])
+    positives = right_texts([pictures.right[row] for row in rows], captions)
     own = set(pictures.caption[rows])
     asked = torch.tensor([text in own for text in captions])
     i2t = retrieval_metrics(similarity, positives, "i2t")

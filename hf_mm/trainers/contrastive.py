@@ -38,6 +38,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
         self.remove_unused_columns = False
         self.dataloader_drop_last = True
         self.prediction_loss_only = True
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
 
 

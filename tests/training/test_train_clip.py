@@ -1,0 +1,156 @@
+"""The commands of `training/`, run as a user runs them, at a tiny size."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+COLOURS = ["red", "green", "blue", "yellow", "black", "white", "purple", "orange"]
+
+
+def recipe(folder: Path, **training) -> Path:
+    sections = {
+        "data": {"validation_fraction": 0.3},
+        "model": {
+            "projection_dim": 8,
+            "vocab_size": 540,
+            "vision_config": {**TOWER, "image_size": 16, "patch_size": 8},
+            "text_config": {**TOWER, "max_position_embeddings": 12},
+        },
+        "augmentation": {"shift": 0.1, "brightness": 0.2},
+        "training": {
+            "max_steps": 6,
+            "save_steps": 2,
+            "save_total_limit": 1,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "use_cpu": True,
+            "report_to": "none",
+            **training,
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Sixteen coloured pictures with captions, and one that is cut short."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    lines = ["file_name,caption"]
+    for number, colour in enumerate(COLOURS * 2):
+        Image.new("RGB", (20 + number, 24), colour).save(folder / f"{number}.png")
+        lines.append(f'{number}.png,"a {colour} picture, number {number}"')
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    lines.append("broken.jpg,a picture that cannot be read")
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    return folder
+
+
+def run(script: str, *arguments, cache: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache)}
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_own_pictures_are_trained_on_evaluated_and_opened(tmp_path, pictures):
+    output_dir = tmp_path / "run"
+    arguments = [recipe(tmp_path), "--source", pictures, "--output_dir", output_dir]
+    done = run("training/train_clip.py", *arguments, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert "1 rows were skipped" in done.stdout and "broken.jpg" in done.stdout
+    results = json.loads((output_dir / "results.json").read_text())
+    assert results["training"]["steps"] == 6
+    assert list(results["data"]["skipped"]) and "broken.jpg" in next(iter(results["data"]["skipped"]))
+    held_out = results["metrics"]["held_out"]
+    assert results["data"]["pictures"] + held_out["images"] in (16, 17)
+    assert held_out["chance_i2t_r1"] == pytest.approx(100 / held_out["captions"])
+    card = (output_dir / "README.md").read_text()
+    assert "library_name: transformers" in card and str(held_out["images"]) in card
+
+    opened = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, hf_mm\n"
+            "from transformers import pipeline\n"
+            "classify = pipeline('zero-shot-image-classification', model=sys.argv[1])\n"
+            "print(len(classify(sys.argv[2], candidate_labels=['red', 'green', 'blue'])))\n",
+            str(output_dir),
+            str(pictures / "0.png"),
+        ],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert opened.stdout.strip() == "3", opened.stderr
+
+    again = run("training/train_clip.py", *arguments, cache=tmp_path / "cache")
+    assert "holds a finished run of this recipe" in again.stdout
+    other = run("training/train_clip.py", *arguments, "--learning_rate", "0.5", cache=tmp_path / "cache")
+    assert other.returncode == 1
+    assert other.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "learning_rate = 0.001, now it is 0.5" in other.stderr
+
+
+def test_a_killed_run_resumes_with_workers_and_a_stream(tmp_path, pictures):
+    """Killed between two steps; straight and resumed runs end with the same bytes, from rows and from a stream."""
+    for mode, options in {"rows": ["--dataloader_num_workers", "2"], "stream": ["--streaming", "true"]}.items():
+        arguments = [recipe(tmp_path), "--source", pictures, *options]
+        straight = run(
+            "training/train_clip.py", *arguments, "--output_dir", tmp_path / f"{mode}-a", cache=tmp_path / "cache"
+        )
+        assert straight.returncode == 0, straight.stderr
+        killer = tmp_path / "kill_at_step.py"
+        killer.write_text(
+            "import os, signal, sys\n"
+            f"sys.path.insert(0, {str(ROOT / 'training')!r})\n"
+            "from hf_mm.trainers.contrastive import ContrastiveTrainer\n"
+            "step = ContrastiveTrainer.training_step\n"
+            "def training_step(self, *args, **kwargs):\n"
+            "    if self.state.global_step == 3:\n"
+            "        os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    return step(self, *args, **kwargs)\n"
+            "ContrastiveTrainer.training_step = training_step\n"
+            "import train_clip\n"
+            "train_clip.train(sys.argv[1:])\n"
+        )
+        resumed = [*arguments, "--output_dir", tmp_path / f"{mode}-b"]
+        killed = run(killer, *resumed, cache=tmp_path / "cache")
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert (tmp_path / f"{mode}-b" / "checkpoint-2").is_dir()
+        done = run("training/train_clip.py", *resumed, cache=tmp_path / "cache")
+        assert done.returncode == 0, done.stderr
+        a, b = ((tmp_path / f"{mode}-{x}" / "model.safetensors").read_bytes() for x in "ab")
+        assert a == b, mode
+
+
+def test_strict_stops_at_the_broken_row(tmp_path, pictures):
+    arguments = [recipe(tmp_path), "--source", pictures, "--output_dir", tmp_path / "run", "--strict", "true"]
+    stopped = run("training/train_clip.py", *arguments, cache=tmp_path / "cache")
+    assert stopped.returncode == 1
+    assert "broken.jpg" in stopped.stderr.strip().splitlines()[-1]
+
+
+def test_missing_source_is_one_sentence(tmp_path):
+    stopped = run(
+        "training/train_clip.py",
+        recipe(tmp_path),
+        "--source",
+        tmp_path / "nowhere",
+        "--output_dir",
+        tmp_path / "run",
+        cache=tmp_path / "cache",
+    )
+    assert stopped.returncode == 1
+    assert stopped.stderr.strip().splitlines()[-1] == f"error: {tmp_path / 'nowhere'} does not exist."
