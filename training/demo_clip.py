@@ -28,7 +28,9 @@ CELLS = {
 
 
 def print_metrics(metrics: dict) -> None:
-    print(f"\n{'picture → caption, %':<42}{'captions':>9}{'R@1':>7}{'R@10':>7}{'chance':>9}{'pixels':>8}{'original size':>15}")
+    print(
+        f"\n{'picture → caption, %':<42}{'captions':>9}{'R@1':>7}{'R@10':>7}{'chance':>9}{'pixels':>8}{'original size':>15}"
+    )
     for cell, description in CELLS.items():
         row, original = metrics["size_normalized"][cell], metrics["original"][cell]
         pixels = "–" if row["pixels_r10"] is None else f"{row['pixels_r10']:.1f}"
@@ -51,7 +53,9 @@ def main() -> None:
         model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
         log_history = json.loads((folder / LOG_FILE).read_text())
         clip_report(model, processor, results["metrics"], log_history, report)
-    print(f"\nTraining took {results['training']['seconds'] / 60:.1f} minutes, this call {time.perf_counter() - started:.0f} s.")
+    print(
+        f"\nTraining took {results['training']['seconds'] / 60:.1f} minutes, this call {time.perf_counter() - started:.0f} s."
+    )
     print(f"Model:  {folder}\nReport: {report.resolve()}")
 
 

@@ -93,7 +93,7 @@ class Data:
     held_out: ImageTextRows | None = None
 
     @classmethod
-    def open(cls, args: DataArguments) -> "Data":
+    def open(cls, args: DataArguments) -> Data:
         if args.streaming:
             return cls(args, held_out=open_rows(args, args.validation_split) if args.validation_split else None)
         train = open_rows(args)
@@ -231,7 +231,10 @@ def train(argv: list[str] | None = None) -> Path:
             "machine": describe_machine(),
         }
         write_json(output_dir / LOG_FILE, trainer.state.log_history)
-        save_card(output_dir, model, settings, results)
+        card = build_model_card(
+            "clip", model_name=output_dir.name, model=model, settings=settings, license="other", **results
+        )
+        card.save(output_dir / "README.md")
         write_json(output_dir / RESULT_FILE, results)
         report_skipped(trainer.skipped)
     return output_dir

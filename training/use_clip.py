@@ -1,6 +1,6 @@
 """Opens a trained CLIP as a stranger would, in a process of its own, and asks it about pictures it never saw.
 
-    python training/use_clip.py outputs/demo
+python training/use_clip.py outputs/demo
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def main() -> None:
     classify = pipeline("zero-shot-image-classification", model=folder)
     answers = classify(unseen["image"][:], candidate_labels=CHOICES, hypothesis_template="{}")
 
-    print(f"\n{'picture (drawn by an artist whose version was held out)':<56} {'best of 1,405 names':<34} best of 8 labels")
+    print(
+        f"\n{'picture (drawn by an artist whose version was held out)':<56} {'best of 1,405 names':<34} best of 8 labels"
+    )
     for row, places, scores, answer in zip(unseen, best.indices, best.values, answers, strict=True):
         name = captions[int(places[0])]
         mark = "✓" if name == row["caption"] else " "

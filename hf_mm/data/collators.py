@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -34,7 +35,7 @@ class _Samples:
             "pixels": pixels,
             "text": self.text_of(row, rng),
             "draws": [rng.random() for _ in range(NUM_DRAWS)],
-            "may_flip": row.row.get("flip_ok", True),
+            "may_flip": row.row.get("flip_ok") is not False,
             "image_id": row.image_id,
             "group": row.group,
         }
@@ -67,7 +68,7 @@ class ImageTextDraws(torch.utils.data.Dataset):
         self.rows, self.strict = rows, strict
         self.samples = _Samples(image_processor, text_of, seed)
         self.cache: dict[int, tuple[ImageText, torch.Tensor]] | None = {} if cache_images else None
-        self.broken: dict[int, BrokenRow] = {}
+        self.broken: dict[int, tuple[str, str]] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -91,17 +92,16 @@ class ImageTextDraws(torch.utils.data.Dataset):
         if self.cache is not None and index in self.cache:
             return self.cache[index]
         if index in self.broken:
-            raise self.broken[index]
+            raise BrokenRow(*self.broken[index])
         try:
             row = self.rows[index]
         except BrokenRow as error:
-            self.broken[index] = error
+            self.broken[index] = error.row, error.reason
             raise
-        read = row, self.samples.pixels(row)
+        pixels = self.samples.pixels(row)
         if self.cache is not None:
-            row.image = None  # the cache keeps the small copy only
-            self.cache[index] = read
-        return read
+            self.cache[index] = replace(row, image=None), pixels
+        return row, pixels
 
 
 class ImageTextStream(torch.utils.data.IterableDataset):

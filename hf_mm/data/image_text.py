@@ -8,9 +8,12 @@ text file beside each picture, a CSV, TSV, JSONL or Parquet file (or a folder of
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from glob import escape, glob
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,11 +24,15 @@ from tqdm.auto import tqdm
 
 from ..image_utils import to_rgb
 
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "file_name", "image_path", "path", "file")
+IMAGE_COLUMNS = (
+    *("image", "jpg", "jpeg", "png", "webp", "img", "picture"),
+    *("file_name", "filename", "image_path", "filepath", "file_path", "path", "file"),
+)
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "sentences", "title", "alt_text", "description")
 ID_COLUMNS = ("image_id", "__key__", "id", "key")
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+TABLE_PATTERNS = ("*.parquet", "*.jsonl", "*.csv", "*.tsv")
 TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -41,6 +48,7 @@ class DataArguments:
         },
     )
     split: str = field(default="train", metadata={"help": "Split to train on, where the source has several."})
+    config_name: str | None = field(default=None, metadata={"help": "Subset of a Hub id that has several."})
     validation_split: str | None = field(
         default=None,
         metadata={"help": "Split to evaluate on. Without it a fraction of the training pictures is held out."},
@@ -74,14 +82,17 @@ class DataArguments:
 class BrokenRow(ValueError):
     """A row that cannot be trained on: `row` names it, `reason` says why."""
 
-    def __init__(self, row: str, reason: str):
-        super().__init__(f"{row}: {reason}")
+    def __init__(self, row: str, reason: str = ""):
+        super().__init__(row, reason)
         self.row, self.reason = row, reason
+
+    def __str__(self) -> str:
+        return f"{self.row}: {self.reason}" if self.reason else self.row
 
 
 @dataclass
 class ImageText:
-    """One row, read: an upright RGB picture and what is known of it."""
+    """One row, read: an upright RGB picture, its texts, and the other columns."""
 
     image: PILImage.Image
     captions: list[str]
@@ -119,43 +130,52 @@ class Columns:
         """Opens the picture of a row.
 
         Raises:
-            BrokenRow: the picture is missing or unreadable, or no caption has a letter.
+            BrokenRow: the picture is missing or unreadable, or all captions are missing or blank.
         """
-        image_id = self.image_id(row, number)
+        name = self.image_id(row, number)
         captions = self.captions(row)
         if not captions:
-            raise BrokenRow(image_id, "it has no caption")
+            raise BrokenRow(name, "it has no caption")
         try:
             image = to_rgb(self._picture(row))
-        except (ValueError, OSError, TypeError, SyntaxError) as error:
-            raise BrokenRow(image_id, str(error)) from error
-        return ImageText(image, captions, image_id, self.group_of(row, number), row)
+        except (OSError, TypeError, ValueError) as error:
+            raise BrokenRow(name, str(error)) from error
+        others = {column: value for column, value in row.items() if column != self.image}
+        return ImageText(image, captions, name, self.group_of(row, number), others)
 
     def captions(self, row: dict[str, Any]) -> list[str]:
-        value = row[self.caption]
+        """The captions that are not blank, of a text, a list, or a list written as text (as a CSV holds one)."""
+        value = row.get(self.caption)
+        value = _list_in(value) if isinstance(value, str) else value
         values = value if isinstance(value, (list, tuple)) else [value]
-        return [text for text in values if isinstance(text, str) and text.strip()]
+        return [str(text) for text in values if not _is_missing(text) and str(text).strip()]
 
     def image_id(self, row: dict[str, Any], number: int) -> str:
-        """The row's own id, else the picture's file, else its number: what a message calls it."""
-        if self.row_id and row[self.row_id] is not None:
+        """The row's own id, else the picture's file, else its number from 0: what a message calls it."""
+        if self.row_id and not _is_missing(row.get(self.row_id)):
             return str(row[self.row_id])
-        value = row[self.image]
-        path = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
-        return path or f"row {number}"
+        picture = row.get(self.image)
+        inner = picture.get("path") if isinstance(picture, dict) else None
+        return _file_of(picture) or (f"row {number} ({inner})" if inner else f"row {number}")
 
     def group_of(self, row: dict[str, Any], number: int) -> str:
-        """What the picture shows; without a group column, the picture's file alone."""
-        return str(row[self.group]) if self.group else self.image_id(row, number)
+        """What the picture shows; without a group column, the picture itself: its file, or a hash of its bytes."""
+        if self.group and not _is_missing(row.get(self.group)):
+            return str(row[self.group])
+        picture = row.get(self.image)
+        content = picture.get("bytes") if isinstance(picture, dict) else picture
+        if isinstance(content, bytes):
+            return hashlib.blake2b(content, digest_size=16).hexdigest()
+        return _file_of(picture) or f"row {number}"
 
     def _picture(self, row: dict[str, Any]) -> Any:
-        value = row[self.image]
-        path = value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
-        if not isinstance(path, str):
-            return value
-        if path.startswith(("http://", "https://")):
-            raise ValueError(f"{path} is an address, not a file: download the pictures first, with img2dataset say")
-        return self.folder / path if self.folder else path
+        picture = row.get(self.image)
+        file = _file_of(picture)
+        if file is None or file.startswith("data:"):
+            return file or picture
+        if file.startswith(("http://", "https://")):
+            raise ValueError(f"{file} is an address, not a file: download the pictures first, with img2dataset say.")
+        return self.folder / file if self.folder else file
 
 
 class ImageTextRows(Sequence):
@@ -164,24 +184,26 @@ class ImageTextRows(Sequence):
     Args:
         dataset: rows with undecoded pictures.
         columns: what its columns hold.
+        numbers: what messages number the rows by, their places in `dataset` by default.
     """
 
-    def __init__(self, dataset: Dataset, columns: Columns):
+    def __init__(self, dataset: Dataset, columns: Columns, numbers: Sequence[int] | None = None):
         self.dataset, self.columns = dataset, columns
+        self.numbers = range(len(dataset)) if numbers is None else numbers
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> ImageText:
-        return self.columns.read(self.dataset[index], index)
+        return self.columns.read(self.dataset[index], self.numbers[index])
 
     def groups(self) -> list[str]:
-        """The group of every row, without opening a picture."""
-        needed = {self.columns.group, self.columns.row_id, self.columns.image} - {None}
-        light = self.dataset.select_columns([name for name in self.dataset.column_names if name in needed])
-        if self.columns.group:
-            return [str(group) for group in light[self.columns.group]]
-        return [self.columns.group_of(row, number) for number, row in enumerate(light)]
+        """The group of every row, without decoding a picture."""
+        if self.columns.group and None not in (groups := self.dataset[self.columns.group][:]):
+            return [str(group) for group in groups]
+        needed = [name for name in (self.columns.group, self.columns.image) if name]
+        light = self.dataset.select_columns(needed)
+        return [self.columns.group_of(row, number) for number, row in zip(self.numbers, light, strict=True)]
 
     def texts(self) -> Iterator[str]:
         """Every caption, without opening a picture."""
@@ -202,7 +224,7 @@ class ImageTextRows(Sequence):
         """Divides the rows into training and held-out ones by a hash of their groups, the same on every machine."""
         held_out = [stable_id(group) % 10_000 < fraction * 10_000 for group in self.groups()]
         parts = ([i for i, held in enumerate(held_out) if held is wanted] for wanted in (False, True))
-        return tuple(ImageTextRows(self.dataset.select(indices), self.columns) for indices in parts)
+        return tuple(ImageTextRows(self.dataset.select(part), self.columns, part) for part in parts)
 
 
 def open_rows(args: DataArguments, split: str | None = None) -> ImageTextRows:
@@ -259,11 +281,33 @@ def emoji_corpus(rows: ImageTextRows) -> Iterator[str]:
 def _find_column(names: Sequence[str], wanted: str | None, usual: Iterable[str], argument: str) -> str:
     if wanted in names:
         return wanted
-    found = [name for name in usual if name in names] if wanted is None else []
+    lower = {name.lower(): name for name in names}
+    found = [lower[name] for name in usual if name in lower] if wanted is None else []
     if not found:
-        missing = f"no column {wanted!r}" if wanted else f"no column that {argument} could be"
-        raise ValueError(f"the data has {missing}; it has {', '.join(names)}: set {argument} to one of them.")
+        missing = f"no column {wanted!r}" if wanted else f"no column with a usual name for {argument}"
+        raise ValueError(f"The data has {missing}, only {', '.join(names)}: set {argument} to one of them.")
     return found[0]
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value != value
+
+
+def _list_in(text: str) -> Any:
+    """The list that a text spells, or the text."""
+    if not text.lstrip().startswith("["):
+        return text
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _file_of(picture: Any) -> str | None:
+    """The path of a picture that is given by its path alone."""
+    if isinstance(picture, dict) and not picture.get("bytes"):
+        picture = picture.get("path")
+    return picture if isinstance(picture, str) and picture else None
 
 
 def _open(args: DataArguments, split: str, streaming: bool) -> tuple[Any, Columns]:
@@ -274,62 +318,91 @@ def _open(args: DataArguments, split: str, streaming: bool) -> tuple[Any, Column
         columns = Columns("image", "caption", group="hexcode")
         dataset = dataset.to_iterable_dataset() if streaming else dataset
     else:
-        dataset, folder = _load(args.source, split, streaming)
-        columns = Columns.find(_column_names(dataset), args, folder)
-    if isinstance((dataset.features or {}).get(columns.image), Image):
-        dataset = dataset.cast_column(columns.image, Image(decode=False))
+        dataset, folder = _load(args, split, streaming)
+        columns = Columns.find(_column_names(dataset, args.source), args, folder)
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
     return dataset, columns
 
 
-def _column_names(dataset: Any) -> list[str]:
-    return dataset.column_names or list(next(iter(dataset)))
+def _column_names(dataset: Any, source: str) -> list[str]:
+    names = dataset.column_names or list(next(iter(dataset), ()))
+    if not names:
+        raise ValueError(f"{source} has no rows.")
+    return names
 
 
-def _load(source: str, split: str, streaming: bool) -> tuple[Any, Path | None]:
+def _load(args: DataArguments, split: str, streaming: bool) -> tuple[Any, Path | None]:
     """The rows of a source, and the folder that its file names are relative to."""
-    path = Path(source)
-    if path.is_file():
-        return _load_files(source, [path], split, streaming)
+    path = Path(args.source).expanduser()
     if path.is_dir():
         return _load_folder(path, split, streaming)
-    if any(mark in source for mark in "*?[{") or ".tar" in source:
-        return load_dataset("webdataset", data_files={"train": source}, split="train", streaming=streaming), None
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ValueError(f"{source} does not exist.")
-    return _one_split(load_dataset(source, streaming=streaming), split, source), None
+    if files := _matching_files(str(path)):
+        if split != "train":
+            raise ValueError(f"{args.source} has no split {split!r}: files have splits only in a folder.")
+        return _load_files(args.source, files, streaming)
+    if args.source.startswith((".", "/", "~")) or path.suffix in (*TABLES, ".tar") or len(path.parts) > 2:
+        raise ValueError(f"{args.source} does not exist.")
+    return _load_repository(args.source, split, streaming, args.config_name)
+
+
+def _matching_files(pattern: str) -> list[Path]:
+    """The file of this name, or those that a pattern with ``*``, ``?``, ``[]`` or ``{000..123}`` stands for."""
+    if Path(pattern).is_file():
+        return [Path(pattern)]
+    if numbers := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+        first, last = numbers.groups()
+        counted = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
+        return [Path(pattern.replace(numbers[0], number)) for number in counted]
+    return sorted(Path(file) for file in glob(pattern))
 
 
 def _load_folder(path: Path, split: str, streaming: bool) -> tuple[Any, Path | None]:
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         dataset = _one_split(load_from_disk(str(path)), split, str(path))
         return (dataset.to_iterable_dataset() if streaming else dataset), None
-    root = path / split if (path / split).is_dir() else path
-    for name in METADATA_FILES:
-        if (root / name).is_file():
-            return _load_files(str(path), [root / name], split, streaming)
-    for pattern in ("*.tar", "*.parquet", "*.jsonl", "*.csv", "*.tsv"):
-        if files := sorted(root.glob(pattern)):
-            return _load_files(str(path), files, split, streaming)
+    if (path / split).is_dir():
+        return _load_flat_folder(path / split, streaming)
+    if files := _first_match(path, [f"{split}{pattern}" for pattern in ("*.tar", *TABLE_PATTERNS)]):
+        return _load_files(str(path), files, streaming)
+    if split != "train":
+        return _load_repository(str(path), split, streaming)
+    return _load_flat_folder(path, streaming)
+
+
+def _load_flat_folder(root: Path, streaming: bool) -> tuple[Any, Path | None]:
+    """A folder without splits: a table of the pictures, shards, pictures with texts beside them, or other tables."""
+    if files := _first_match(root, [*METADATA_FILES, "*.tar"]):
+        return _load_files(str(root), files, streaming)
     pictures = sorted(file for file in root.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
-    if not pictures:
-        raise ValueError(f"{root} holds no pictures, tables or shards.")
     captions = [_captions_beside(picture) for picture in pictures]
-    if not any(captions):
+    if any(captions):
+        names = [picture.relative_to(root).as_posix() for picture in pictures]
+        dataset = Dataset.from_dict({"image": names, "captions": captions})
+        return (dataset.to_iterable_dataset() if streaming else dataset), root
+    if files := _first_match(root, TABLE_PATTERNS):
+        return _load_files(str(root), files, streaming)
+    if pictures:
         raise ValueError(
-            f"the pictures of {root} have no captions: add a metadata.csv with the columns file_name and caption, "
+            f"The pictures of {root} have no captions: add a metadata.csv with the columns file_name and caption, "
             "or a .txt file beside each picture."
         )
-    dataset = Dataset.from_dict({"image": [str(picture) for picture in pictures], "captions": captions})
-    return (dataset.to_iterable_dataset() if streaming else dataset), None
+    return _load_repository(str(root), "train", streaming)
+
+
+def _first_match(root: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files of the first pattern that has some."""
+    return next((files for pattern in patterns if (files := sorted(root.glob(pattern)))), [])
 
 
 def _captions_beside(picture: Path) -> list[str]:
     """The lines of the .txt file with the picture's name."""
     text = picture.with_suffix(".txt")
-    return [line for line in text.read_text(errors="replace").splitlines() if line.strip()] if text.exists() else []
+    return [line for line in text.read_text("utf-8", "replace").splitlines() if line.strip()] if text.exists() else []
 
 
-def _load_files(source: str, files: list[Path], split: str, streaming: bool) -> tuple[Any, Path]:
+def _load_files(source: str, files: list[Path], streaming: bool) -> tuple[Any, Path]:
     suffix = files[0].suffix.lower()
     builder = "webdataset" if suffix == ".tar" else TABLES.get(suffix)
     if builder is None:
@@ -337,13 +410,24 @@ def _load_files(source: str, files: list[Path], split: str, streaming: bool) -> 
             f"{source} is none of {', '.join(TABLES)} or .tar, nor a folder: it cannot be read as pictures with texts."
         )
     options = {"sep": "\t"} if suffix == ".tsv" else {}
-    data_files = {"train": [str(file) for file in files]}
+    data_files = {"train": [escape(str(file)) for file in files]}
     try:
         dataset = load_dataset(builder, data_files=data_files, split="train", streaming=streaming, **options)
     except Exception as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ValueError(f"{source} cannot be read as {builder}: {reason}") from error
+        raise ValueError(f"{source} cannot be read as {builder}: {_reason(error)}") from error
     return dataset, files[0].parent
+
+
+def _load_repository(source: str, split: str, streaming: bool, config_name: str | None = None) -> tuple[Any, None]:
+    """A dataset of the Hub, or a folder laid out like one."""
+    try:
+        datasets = load_dataset(source, config_name, streaming=streaming)
+    except Exception as error:
+        where = (
+            "a dataset that can be loaded" if Path(source).is_dir() else "a file, a folder, or a dataset of the Hub"
+        )
+        raise ValueError(f"{source} is not {where}: {_reason(error)}") from error
+    return _one_split(datasets, split, source), None
 
 
 def _one_split(dataset: Any, split: str, source: str) -> Any:
@@ -352,3 +436,9 @@ def _one_split(dataset: Any, split: str, source: str) -> Any:
     if split not in dataset:
         raise ValueError(f"{source} has no split {split!r}: it has {', '.join(dataset)}.")
     return dataset[split]
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what went wrong."""
+    cause = error.__cause__ or error
+    return (str(cause).splitlines() or [type(cause).__name__])[0]

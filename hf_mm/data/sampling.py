@@ -38,7 +38,7 @@ class GroupBatchSampler:
     drop_last = True
 
     def __init__(self, groups: Sequence, batch_size: int, views: int = 1, seed: int = 0):
-        if batch_size % views:
+        if views < 1 or batch_size % views:
             raise ValueError(f"batch_size ({batch_size}) must be a multiple of views_per_group ({views}).")
         if views == 1:
             self.members = [np.array([index]) for index in range(len(groups))]

@@ -28,6 +28,7 @@ CELLS = {  # name: (split of the pictures, gallery of captions)
     "concept_all": ("concept", "all"),
     "fit": ("train", "train"),
 }
+SUBGROUP_CELLS = ("cell", "style", "val", "val_style", "concept", "both")
 
 
 def evaluate_emoji(
@@ -59,24 +60,22 @@ def evaluate_emoji(
         - ``"temperature"`` and ``"normalize_size"``.
     """
     pictures = _embed(model, processor, normalize_size, batch_size, progress)
-    train_captions = list(dict.fromkeys(pictures.caption[pictures.split == "train"]))
-    all_captions = list(dict.fromkeys(pictures.caption))
 
     def cell(name: str, style: str | None = None) -> dict[str, Any]:
         split, gallery = CELLS[name]
         rows = np.flatnonzero((pictures.split == split) & ((pictures.style == style) | (style is None)))
-        own = list(dict.fromkeys(pictures.caption[rows]))
-        captions = {"train": train_captions, "all": all_captions, "own": own}[gallery]
-        return _retrieval(pictures, rows, captions)
+        searched = {"train": pictures.training, "own": rows, "all": slice(None)}[gallery]
+        return _retrieval(pictures, rows, _distinct(pictures.caption[searched]), pixels=gallery == "train")
 
+    cells = {name: cell(name) for name in CELLS}
+    cells["fit"]["is_result"] = False
     seen_new = {style: ("style", "both") if style == NEW_STYLE else ("cell", "concept") for style in STYLES}
     return {
-        **{name: cell(name) for name in CELLS},
-        "fit": {**cell("fit"), "is_result": False},
+        **cells,
         "styles": {
             style: {"seen": cell(seen, style), "new": cell(new, style)} for style, (seen, new) in seen_new.items()
         },
-        "subgroup": _subgroups(pictures, train_captions),
+        "subgroup": {name: _subgroups(pictures, name) for name in SUBGROUP_CELLS},
         "temperature": math.exp(-model.logit_scale.item()),
         "normalize_size": normalize_size,
     }
@@ -94,14 +93,15 @@ class _Pictures:
     images: torch.Tensor
     pixels: torch.Tensor
     texts: dict[str, torch.Tensor]
+    training: np.ndarray  # rows
 
 
 def _embed(model: nn.Module, processor: Any, normalize_size: bool, batch_size: int, progress: bool) -> _Pictures:
     emoji = load_emoji("all", normalize_size=normalize_size)
     images = list(emoji["image"])
     split, style, caption, subgroup = (np.array(emoji[name][:]) for name in ("split", "style", "caption", "subgroup"))
-    captions = sorted(set(caption))
     looks = [(artist, image.tobytes()) for artist, image in zip(style, images, strict=True)]
+    texts = _distinct(caption)
     return _Pictures(
         split=split,
         style=style,
@@ -110,23 +110,28 @@ def _embed(model: nn.Module, processor: Any, normalize_size: bool, batch_size: i
         right=shared_captions([[text] for text in caption], looks),
         images=embed_images(model, processor, images, batch_size, progress),
         pixels=embed_pixels(images),
-        texts=dict(zip(captions, embed_texts(model, processor, captions, batch_size, progress), strict=True)),
+        texts=dict(zip(texts, embed_texts(model, processor, texts, batch_size, progress), strict=True)),
+        training=np.flatnonzero(split == "train"),
     )
 
 
-def _retrieval(pictures: _Pictures, rows: np.ndarray, captions: list[str]) -> dict[str, Any]:
-    texts = torch.stack([pictures.texts[text] for text in captions])
-    similarity = pictures.images[rows] @ texts.T
+def _distinct(texts: np.ndarray) -> list[str]:
+    return list(dict.fromkeys(texts.tolist()))
+
+
+def _retrieval(pictures: _Pictures, rows: np.ndarray, captions: list[str], pixels: bool) -> dict[str, Any]:
+    similarity = pictures.images[rows] @ torch.stack([pictures.texts[text] for text in captions]).T
     positives = right_texts([pictures.right[row] for row in rows], captions)
-    own = set(pictures.caption[rows])
-    asked = torch.tensor([text in own for text in captions])
+    asked = torch.from_numpy(np.isin(captions, pictures.caption[rows]))
     i2t = retrieval_metrics(similarity, positives, "i2t")
     t2i = retrieval_metrics(similarity.T[asked], positives.T[asked], "t2i")
-    pixels = _pixel_retrieval(pictures, rows, captions, positives)
+    by_pixels = retrieval_metrics(_pixel_scores(pictures, rows, captions), positives, "i2t") if pixels else {}
     return {
         "images": len(rows),
         "captions": len(captions),
-        **{key: i2t[key] for key in ("i2t_r1", "i2t_r5", "i2t_r10")},
+        "i2t_r1": i2t["i2t_r1"],
+        "i2t_r5": i2t["i2t_r5"],
+        "i2t_r10": i2t["i2t_r10"],
         "mrr": i2t["i2t_mrr"],
         "t2i_r1": t2i["t2i_r1"],
         "t2i_r10": t2i["t2i_r10"],
@@ -134,51 +139,39 @@ def _retrieval(pictures: _Pictures, rows: np.ndarray, captions: list[str]) -> di
         "chance_r10": i2t["chance_i2t_r10"],
         "chance_t2i_r1": t2i["chance_t2i_r1"],
         "chance_t2i_r10": t2i["chance_t2i_r10"],
-        "pixels_r1": pixels and pixels["i2t_r1"],
-        "pixels_r10": pixels and pixels["i2t_r10"],
+        "pixels_r1": by_pixels.get("i2t_r1"),
+        "pixels_r10": by_pixels.get("i2t_r10"),
     }
 
 
-def _pixel_retrieval(
-    pictures: _Pictures, rows: np.ndarray, captions: list[str], positives: torch.Tensor
-) -> dict[str, float] | None:
-    """The pixel baseline, where every caption has a training picture."""
-    training = np.flatnonzero(pictures.split == "train")
+def _pixel_scores(pictures: _Pictures, rows: np.ndarray, captions: list[str]) -> torch.Tensor:
+    """``(q, g)``: the highest cosine of pixels between each picture and the training pictures of each caption."""
     column = {text: index for index, text in enumerate(captions)}
-    columns = [column.get(text, -1) for text in pictures.caption[training]]
-    if set(columns) - {-1} != set(range(len(captions))):
-        return None
-    training, columns = training[np.array(columns) >= 0], torch.tensor([index for index in columns if index >= 0])
-    cosines = pictures.pixels[rows] @ pictures.pixels[training].T
-    best = torch.full((len(rows), len(captions)), -1.0)
-    best.scatter_reduce_(1, columns.expand(len(rows), -1), cosines, "amax")
-    return retrieval_metrics(best, positives, "i2t")
+    columns = torch.tensor([column[text] for text in pictures.caption[pictures.training]])
+    cosines = pictures.pixels[rows] @ pictures.pixels[pictures.training].T
+    lowest = torch.full((len(rows), len(captions)), -1.0)
+    return lowest.scatter_reduce(1, columns.expand(len(rows), -1), cosines, "amax")
 
 
-def _subgroups(pictures: _Pictures, train_captions: list[str]) -> dict[str, dict[str, float]]:
-    """Subgroup of a picture by the nearest class of training captions, and by the nearest training picture."""
+def _subgroups(pictures: _Pictures, split: str) -> dict[str, float]:
+    """Subgroup of a picture: by the mean embedding of training captions, and by the nearest training picture."""
+    rows, training = np.flatnonzero(pictures.split == split), pictures.training
     names, labels = np.unique(pictures.subgroup, return_inverse=True)
-    of_caption = dict(zip(pictures.caption, labels.tolist(), strict=True))
-    prototypes = class_means(
-        torch.stack([pictures.texts[text] for text in train_captions]),
-        torch.tensor([of_caption[text] for text in train_captions]),
-        len(names),
-    )
-    training = np.flatnonzero(pictures.split == "train")
-    table = {}
-    for split in ("cell", "style", "val", "val_style", "concept", "both"):
-        rows = np.flatnonzero(pictures.split == split)
-        metrics = classification_metrics(pictures.images[rows] @ prototypes.T, torch.from_numpy(labels[rows]))
-        nearest = training[nearest_pictures(pictures.pixels[rows], pictures.pixels[training])]
-        hits = labels[nearest] == labels[rows]
-        table[split] = {
-            "images": len(rows),
-            "accuracy": metrics["top1"],
-            "top5": metrics["top5"],
-            "balanced_accuracy": metrics["balanced_accuracy"],
-            "chance": metrics["chance_top1"],
-            "majority": metrics["majority"],
-            "pixels_accuracy": 100 * accuracy(hits),
-            "pixels_balanced_accuracy": 100 * balanced_accuracy(hits, labels[rows]),
-        }
-    return table
+    label_of = dict(zip(pictures.caption[training], labels[training].tolist(), strict=True))
+    texts = torch.stack([pictures.texts[text] for text in label_of])
+    prototypes = class_means(texts, torch.tensor(list(label_of.values())), len(names))
+
+    metrics = classification_metrics(pictures.images[rows] @ prototypes.T, torch.from_numpy(labels[rows]))
+    nearest = training[nearest_pictures(pictures.pixels[rows], pictures.pixels[training])]
+    hits = labels[nearest] == labels[rows]
+    return {
+        "images": len(rows),
+        "classes": len(names),
+        "accuracy": metrics["top1"],
+        "top5": metrics["top5"],
+        "balanced_accuracy": metrics["balanced_accuracy"],
+        "chance": metrics["chance_top1"],
+        "majority": metrics["majority"],
+        "pixels_accuracy": 100 * accuracy(hits),
+        "pixels_balanced_accuracy": 100 * balanced_accuracy(hits, labels[rows]),
+    }

@@ -1,0 +1,1 @@
+"""Saving models for the Hugging Face Hub."""

@@ -1,0 +1,178 @@
+"""Model cards, filled from the run that made the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, StrictUndefined
+from transformers import PreTrainedModel
+
+EMOJI = "emoji"  # the source of the bundled pictures
+RECALLS = {
+    f"{direction}_r{k}": (f"recall_at_{k}", f"{name} R@{k}")
+    for direction, name in (("i2t", "picture to caption"), ("t2i", "caption to picture"))
+    for k in (1, 5, 10)
+}
+
+
+def find_template(name: str) -> Path:
+    """The Markdown template of a model's card, in the installed package or in a checkout.
+
+    Args:
+        name: name of the template, ``"clip"``.
+
+    Returns:
+        Its path.
+
+    Raises:
+        ValueError: there is no such template.
+    """
+    package = Path(__file__).parents[1]
+    folders = [package / "model_cards", package.parent / "model_cards"]
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    names = sorted(file.stem for file in folder.glob("*.md")) if folder else []
+    if name not in names:
+        raise ValueError(f"there is no model card template {name!r}: choose from {', '.join(names) or 'none'}.")
+    return folder / f"{name}.md"
+
+
+def build_model_card(
+    template: str,
+    *,
+    model_name: str,
+    model: PreTrainedModel,
+    metrics: dict[str, Any],
+    training: dict[str, Any],
+    data: dict[str, Any],
+    settings: dict[str, Any],
+    machine: dict[str, Any],
+    license: str,
+) -> ModelCard:
+    """Fills a template from a training run. Nothing is sent or downloaded; ``card.save(folder / "README.md")`` writes it.
+
+    Of sources and settings that are local paths, only the last part is printed.
+
+    Args:
+        template: name of the template, see `find_template`.
+        model_name: what the reader opens: a folder, or the id of the repository.
+        model: the trained model.
+        metrics: what `hf_mm.evaluation` returned: a dict of retrieval metrics, such a dict for each test set, or several
+            evaluations of either kind by name. A dict whose ``"is_result"`` is False is left out. Empty if there was none.
+        training: facts of the run to print, such as its steps and seconds.
+        data: ``"source"``, ``"pictures"`` (0 where unknown) and ``"skipped"``, the rows left out with reasons.
+        settings: what the run was set to; nested settings are printed with dots, empty ones left out.
+        machine: hardware and versions.
+        license: the weights' licence, an id of the Hub: ``"other"`` where it is not settled.
+
+    Returns:
+        The card, with metadata for the Hub.
+
+    Raises:
+        ValueError: there is no such template.
+    """
+    source, base_model = data["source"], settings.get("model_name_or_path")
+    dataset = _hub_id(source)
+    evaluations = _evaluations(metrics)
+    metadata = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["hf_mm", model.config.model_type],
+        datasets=[dataset] if dataset else None,
+        base_model=_hub_id(base_model),
+        model_name=model_name,
+        eval_results=list(_eval_results(evaluations, source)) or None,
+    )
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": _percent, "cell": _table_cell}
+    text = environment.from_string(find_template(template).read_text(encoding="utf-8")).render(
+        model_name=model_name,
+        config=model.config,
+        parameters=model.num_parameters(),
+        license=license,
+        is_emoji=source == EMOJI,
+        source=_public_name(source),
+        dataset=dataset,
+        base_model=_public_name(base_model) if base_model else "",
+        pictures=data["pictures"],
+        skipped=len(data["skipped"]),
+        evaluations=evaluations,
+        training=training,
+        settings=dict(_flatten(settings)),
+        machine=machine,
+    )
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n")
+
+
+def _evaluations(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Metrics as ``{name of the evaluation: {name of the test set: row}}``, with what else an evaluation returned."""
+    if _is_row(metrics):
+        metrics = {"held_out": metrics}
+    if any(_is_row(value) for value in metrics.values()):
+        metrics = {"": metrics}
+    kept = {
+        name: {key: row for key, row in evaluation.items() if not _is_row(row) or row.get("is_result", True)}
+        for name, evaluation in metrics.items()
+    }
+    return {name: evaluation for name, evaluation in kept.items() if evaluation}
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, dict) and "i2t_r1" in value
+
+
+def _eval_results(evaluations: dict[str, dict[str, Any]], source: str) -> Iterator[EvalResult]:
+    name = "Emoji by four artists" if source == EMOJI else _public_name(source)
+    for evaluation, rows in evaluations.items():
+        for test_set, row in rows.items():
+            for metric in (RECALLS.keys() & row.keys()) if _is_row(row) else ():
+                metric_type, metric_name = RECALLS[metric]
+                yield EvalResult(
+                    task_type="image-text-retrieval",
+                    dataset_type=_hub_id(source) or name,
+                    dataset_name=name,
+                    dataset_config=evaluation or None,
+                    dataset_split=test_set,
+                    metric_type=metric_type,
+                    metric_name=metric_name,
+                    metric_value=row[metric],
+                )
+
+
+def _hub_id(name: str | None) -> str | None:
+    """The name, if it is one of the Hub and not of a file or of the bundled pictures."""
+    if name is None or name == EMOJI or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def _public_name(name: str) -> str:
+    return name if _hub_id(name) else Path(name).name
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, str):
+            yield prefix + name, _public_name(value) if "/" in value else value
+        elif value is not None:
+            yield prefix + name, value
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _table_cell(value: Any) -> str:
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return text.replace("|", "\\|")

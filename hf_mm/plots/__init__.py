@@ -1,0 +1,1 @@
+"""What a model learned, to look at: tensors to matplotlib figures, and figures to one HTML page."""

@@ -1,0 +1,204 @@
+"""Independent models that ours must equal: transformers' own CLIP and ViT, and a ViT written out as equations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+POOLED = ("last_hidden_state", "pooler_output")
+COMPARED = ("loss", "logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
+
+
+@dataclass
+class Oracle:
+    """`run` gives the outputs for the same inputs, `parameters` what it computes with, under the names of our model."""
+
+    run: Callable[..., dict[str, torch.Tensor]]
+    parameters: dict[str, nn.Parameter]
+
+
+def pick(*names: str) -> Callable[[object], dict[str, torch.Tensor]]:
+    """Reads the named fields of a model's output."""
+    return lambda outputs: {name: outputs[name] for name in names if outputs[name] is not None}
+
+
+def from_peer(peer: nn.Module, model: nn.Module, rename: Callable[[str], str], read: Callable) -> Oracle:
+    """Gives `peer` the weights of `model`; a name that only one of the two has is an error."""
+    peer = peer.to(next(model.parameters()).dtype).train(model.training)
+    theirs = dict(peer.named_parameters())
+    ours = {name: theirs.pop(rename(name)) for name, _ in model.named_parameters()}
+    assert not theirs, f"the oracle alone has {sorted(theirs)}"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            ours[name].copy_(parameter.reshape(ours[name].shape))
+    return Oracle(lambda **inputs: read(peer(**inputs)), ours)
+
+
+def same_name(name: str) -> str:
+    return name
+
+
+def common_fields(config, config_class: type, **changes) -> dict:
+    """The fields of our config that `config_class` of transformers has too."""
+    own = {"model_type", "transformers_version", "architectures"}
+    known = set(config_class().to_dict()) - own
+    return {**{key: value for key, value in config.to_dict().items() if key in known}, **changes}
+
+
+def clip_text_oracle(model, **changes) -> Oracle:
+    config = CLIPTextConfig(**common_fields(model.config, CLIPTextConfig, **changes))
+    return from_peer(CLIPTextModel(config), model, same_name, pick(*POOLED))
+
+
+def clip_vision_oracle(model, **changes) -> Oracle:
+    config = CLIPVisionConfig(**common_fields(model.config, CLIPVisionConfig, **changes))
+    return from_peer(CLIPVisionModel(config), model, same_name, pick(*POOLED))
+
+
+def clip_oracle(model, **changes) -> Oracle:
+    config = CLIPConfig(
+        text_config=common_fields(model.config.text_config, CLIPTextConfig, **changes),
+        vision_config=common_fields(model.config.vision_config, CLIPVisionConfig, **changes),
+        projection_dim=model.config.projection_dim,
+    )
+    oracle = from_peer(CLIPModel(config), model, same_name, pick(*COMPARED))
+    return Oracle(lambda **inputs: oracle.run(**inputs, return_loss=True), oracle.parameters)
+
+
+def vit_name(name: str) -> str:
+    """Our name of a ViT parameter to that of transformers."""
+    for ours, theirs in (
+        ("encoder.layers.", "layers."),
+        ("self_attn.out_proj", "attention.o_proj"),
+        ("self_attn", "attention"),
+        ("layer_norm1", "layernorm_before"),
+        ("layer_norm2", "layernorm_after"),
+        ("patch_embeddings.", "patch_embeddings.projection."),
+        ("pre_logits", "pooler.dense"),
+    ):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def vit_config(config, **changes) -> ViTConfig:
+    dropouts = {
+        "hidden_dropout_prob": config.hidden_dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+    }
+    return ViTConfig(**common_fields(config, ViTConfig, **dropouts, **changes))
+
+
+def vit_classifier_oracle(model, **changes) -> Oracle:
+    peer = ViTForImageClassification(vit_config(model.config, **changes))
+    return from_peer(peer, model, vit_name, pick("loss", "logits"))
+
+
+def vit_trunk_oracle(model, **changes) -> Oracle:
+    return from_peer(ViTModel(vit_config(model.config, **changes)), model, vit_name, pick(*POOLED))
+
+
+class ClipWithViT(nn.Module):
+    """CLIP's equations over the towers of transformers' ViT and CLIP text model."""
+
+    def __init__(self, config, **changes):
+        super().__init__()
+        self.vision_model = ViTModel(vit_config(config.vision_config, **changes), add_pooling_layer=False)
+        text = CLIPTextConfig(**common_fields(config.text_config, CLIPTextConfig, **changes))
+        self.text_model = CLIPTextModel(text)
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids, attention_mask, pixel_values):
+        image = self.visual_projection(self.vision_model(pixel_values).last_hidden_state[:, 0])
+        text = self.text_projection(self.text_model(input_ids, attention_mask).pooler_output)
+        image, text = image / image.norm(dim=1, keepdim=True), text / text.norm(dim=1, keepdim=True)
+        logits = self.logit_scale.exp() * image @ text.T
+        own = logits.diagonal()
+        loss = (logits.logsumexp(1) - own).mean() / 2 + (logits.logsumexp(0) - own).mean() / 2
+        return dict(zip(COMPARED, (loss, logits, logits.T, text, image), strict=True))
+
+
+def clip_with_vit_oracle(model, **changes) -> Oracle:
+    def rename(name: str) -> str:
+        return vit_name(name) if name.startswith("vision_model.") else name
+
+    return from_peer(ClipWithViT(model.config, **changes), model, rename, dict)
+
+
+ACTIVATIONS = {
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "gelu_pytorch_tanh": lambda x: x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+}
+
+
+def equations_oracle(model, hidden_act: str | None = None) -> Oracle:
+    """ViT with a convolutional stem and mean pooling, equation by equation, on copies of the model's parameters."""
+    config = model.config
+    parameters = {name: nn.Parameter(value.detach().clone()) for name, value in model.named_parameters()}
+    activation = ACTIVATIONS[hidden_act or config.hidden_act]
+    eps = config.layer_norm_eps
+
+    def weights(prefix: str) -> list[torch.Tensor]:
+        return [parameters[f"{prefix}.{name}"] for name in ("weight", "bias")]
+
+    def standardise(x, dims):
+        centred = x - x.mean(dims, keepdim=True)
+        return centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
+
+    def layer_norm(x, prefix):
+        weight, bias = weights(prefix)
+        return standardise(x, -1) * weight + bias
+
+    def linear(x, prefix):
+        weight, bias = weights(prefix)
+        return torch.einsum("bti,oi->bto", x, weight) + bias
+
+    def stem(pixels):
+        features = pixels
+        for number in range(len(config.stem_channels)):
+            convolution, norm = f"vit.embeddings.patch_embeddings.layers.{3 * number}", 3 * number + 1
+            features = F.conv2d(features, parameters[f"{convolution}.weight"], stride=2, padding=1)
+            weight, bias = weights(f"vit.embeddings.patch_embeddings.layers.{norm}")
+            groups = features.unflatten(1, (config.stem_num_groups, -1))
+            features = standardise(groups, (2, 3, 4)).flatten(1, 2)
+            features = features * weight[:, None, None] + bias[:, None, None]
+            features = ACTIVATIONS["gelu"](features)
+        weight, bias = weights("vit.embeddings.patch_embeddings.projection")
+        return torch.einsum("bchw,oc->bhwo", features, weight[:, :, 0, 0]).flatten(1, 2) + bias
+
+    def attention(x, prefix):
+        width = config.hidden_size // config.num_attention_heads
+        heads = [linear(x, f"{prefix}.{name}_proj").split(width, dim=2) for name in "qkv"]
+        mixed = [((q @ k.mT) / math.sqrt(width)).softmax(-1) @ v for q, k, v in zip(*heads, strict=True)]
+        return linear(torch.cat(mixed, dim=2), f"{prefix}.out_proj")
+
+    def run(pixel_values, labels):
+        x = stem(pixel_values) + parameters["vit.embeddings.position_embeddings"]
+        for number in range(config.num_hidden_layers):
+            layer = f"vit.encoder.layers.{number}"
+            x = x + attention(layer_norm(x, f"{layer}.layer_norm1"), f"{layer}.self_attn")
+            hidden = activation(linear(layer_norm(x, f"{layer}.layer_norm2"), f"{layer}.mlp.fc1"))
+            x = x + linear(hidden, f"{layer}.mlp.fc2")
+        pooled = layer_norm(x, "vit.layernorm").mean(dim=1)
+        weight, bias = weights("classifier")
+        logits = pooled @ weight.T + bias
+        return {"loss": -logits.log_softmax(1)[range(len(labels)), labels].mean(), "logits": logits}
+
+    return Oracle(run, parameters)

@@ -1,0 +1,61 @@
+"""The README's Python runs as it stands, on a tiny model in place of the demo's."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from hf_mm.models.clip.configuration_clip import MMClipConfig
+from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
+from hf_mm.models.clip.modeling_clip import MMClipModel
+from hf_mm.models.clip.processing_clip import MMClipProcessor
+from hf_mm.models.clip.tokenization_clip import MMClipTokenizer
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with what the README speaks of: a trained model, a picture, pictures with captions."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    tokenizer = MMClipTokenizer.train_from_iterator(["red apple", "green apple"], 540, model_max_length=12)
+    torch.manual_seed(0)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = MMClipConfig(
+        projection_dim=8,
+        vision_config={**TOWER, "image_size": 16, "patch_size": 8},
+        text_config={**TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": 12, **ids},
+    )
+    MMClipModel(config).save_pretrained("outputs/demo")
+    MMClipProcessor(MMClipImageProcessorPil(size=16), tokenizer).save_pretrained("outputs/demo")
+    Image.new("RGB", (24, 20), "red").save("picture.png")
+    pictures = tmp_path / "my_pictures"
+    pictures.mkdir()
+    for number, colour in enumerate(["red", "green", "blue", "white"] * 2):
+        Image.new("RGB", (20, 20), colour).save(pictures / f"{number}.png")
+    rows = [f"{number}.png,picture {number}" for number in range(8)]
+    (pictures / "metadata.csv").write_text("\n".join(["file_name,caption", *rows]))
+    return tmp_path
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_block_runs(workplace, capsys, number):
+    names = {}
+    exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), names)
+    if "trainer" in names:
+        assert names["trainer"].state.global_step == 1
+    else:
+        assert "score" in capsys.readouterr().out
+
+
+def test_commands_exist():
+    for script in re.findall(
+        r"(?:python|launch) (training/\S+\.py) (training/\S+\.yaml)?", (ROOT / "README.md").read_text()
+    ):
+        for path in filter(None, script):
+            assert (ROOT / path).is_file(), path
