@@ -216,7 +216,8 @@ def train(argv: list[str] | None = None) -> Path:
     seconds = time.perf_counter() - started
     trainer.save_model(str(output_dir))
 
-    metrics = evaluate(model, processor, data, trainer.skipped)
+    skipped = trainer.gather_skipped()
+    metrics = evaluate(model, processor, data, skipped)
     if trainer.is_world_process_zero():
         results = {
             "metrics": metrics,
@@ -227,7 +228,7 @@ def train(argv: list[str] | None = None) -> Path:
                 "loss": outcome.training_loss,
                 "parameters": model.num_parameters(),
             },
-            "data": {"source": data_args.source, "pictures": len(data.train or []), "skipped": trainer.skipped},
+            "data": {"source": data_args.source, "pictures": len(data.train or []), "skipped": skipped},
             "machine": describe_machine(),
         }
         write_json(output_dir / LOG_FILE, trainer.state.log_history)
@@ -236,7 +237,7 @@ def train(argv: list[str] | None = None) -> Path:
         )
         card.save(output_dir / "README.md")
         write_json(output_dir / RESULT_FILE, results)
-        report_skipped(trainer.skipped)
+        report_skipped(skipped)
     return output_dir
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import logging
@@ -109,6 +110,11 @@ class ContrastiveTrainer(AtomicCheckpoints, Trainer):
             self._record(contrastive_loss=loss, view_loss=view_loss)
             loss = loss + self.args.view_loss_weight * view_loss
         return (loss, outputs) if return_outputs else loss
+
+    def gather_skipped(self) -> dict[str, str]:
+        """The rows that any rank skipped, with reasons. Every rank must call it."""
+        of_ranks = gather_object([self.skipped])
+        return {row: reason for skipped in of_ranks for row, reason in skipped.items()}
 
     def _record(self, **losses: torch.Tensor) -> None:
         for name, value in losses.items():
