@@ -27,23 +27,27 @@ DECISIVE = (
 def read_recipe(path: str | Path) -> dict:
     """Reads a recipe's YAML: sections of settings, flattened into one dictionary.
 
+    A recipe may begin with ``extends: other.yaml`` (a file beside it) and then needs only what differs.
+
     Raises:
         ValueError: the file does not exist or is not YAML, is not made of sections, or sets something twice.
     """
+    path = Path(path)
     try:
-        sections = yaml.safe_load(Path(path).read_text())
+        sections = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
         raise ValueError(f"recipe {path} cannot be read: {error.strerror}.") from error
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {path} is not YAML: {error}.") from error
+    base = sections.pop("extends", None) if isinstance(sections, dict) else None
     settings = {}
-    for section, values in (sections or {}).items():
+    for section, values in dict(sections).items():
         if not isinstance(values, dict):
             raise ValueError(f"recipe {path}: {section!r} must be a section of settings, not {values!r}.")
         if twice := settings.keys() & values.keys():
             raise ValueError(f"recipe {path} sets {sorted(twice)[0]!r} in two sections.")
         settings |= values
-    return settings
+    return {**read_recipe(path.with_name(base)), **settings} if base else settings
 
 
 def parse_recipe(argument_classes: tuple[type, ...], argv: list[str] | None = None) -> tuple:

@@ -32,6 +32,12 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     assert schedule == Schedule(learning_rate=2e-3, streaming=True)
 
 
+def test_a_recipe_extends_another(tmp_path):
+    (tmp_path / "base.yaml").write_text("model:\n  width: 16\ntraining:\n  learning_rate: 3.0\n")
+    recipe = write(tmp_path, "extends: base.yaml\ntraining:\n  learning_rate: 4.0\n")
+    assert read_recipe(recipe) == {"width": 16, "learning_rate": 4.0}
+
+
 def test_without_a_recipe_flags_are_enough():
     shape, schedule = parse_recipe((Shape, Schedule), ["--learning_rate", "0.5"])
     assert (shape, schedule) == (Shape(), Schedule(learning_rate=0.5))
