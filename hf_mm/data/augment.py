@@ -21,9 +21,7 @@ class AugmentArguments:
     brightness: float = field(default=0.0, metadata={"help": "Multiply by a factor in [1 - b, 1 + b]."})
     contrast: float = field(default=0.0, metadata={"help": "Scale the distance to mid-grey by [1 - c, 1 + c]."})
     saturation: float = field(default=0.0, metadata={"help": "Scale the distance to grey by [1 - s, 1 + s]."})
-    sharpness: float = field(
-        default=0.0, metadata={"help": "Scale the distance to a blurred copy by [1 - s, 1 + s]."}
-    )
+    sharpness: float = field(default=0.0, metadata={"help": "Scale the distance to a blurred copy by [1 - s, 1 + s]."})
     flip: bool = field(default=False, metadata={"help": "Mirror half of the pictures whose row allows it."})
     fill: float = field(default=1.0, metadata={"help": "Grey level in [0, 1] of what moves into the frame."})
 

@@ -102,16 +102,6 @@ def retrieval_metrics(similarity: torch.Tensor, positives: torch.Tensor, prefix:
     }
 
 
-def accuracy(hits: np.ndarray) -> float:
-    """Share of hits, 0 to 1."""
-    return float(np.mean(hits))
-
-
-def balanced_accuracy(hits: np.ndarray, labels: np.ndarray) -> float:
-    """Share of hits within each class that occurs among the labels, averaged over those classes, 0 to 1."""
-    return float(np.mean([np.mean(hits[labels == label]) for label in np.unique(labels)]))
-
-
 def majority_share(labels: np.ndarray) -> float:
     """Accuracy of always giving the most frequent label, 0 to 1."""
     return float(np.unique(labels, return_counts=True)[1].max() / len(labels))
@@ -137,7 +127,7 @@ class Accuracy(_ClassificationMetric):
     """Share of right predictions, 0 to 1: ``Accuracy().compute(predictions=..., references=...)["accuracy"]``."""
 
     def _compute(self, predictions, references) -> dict[str, float]:
-        return {"accuracy": accuracy(np.asarray(predictions) == np.asarray(references))}
+        return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
 class BalancedAccuracy(_ClassificationMetric):
@@ -145,4 +135,12 @@ class BalancedAccuracy(_ClassificationMetric):
 
     def _compute(self, predictions, references) -> dict[str, float]:
         references = np.asarray(references)
-        return {"balanced_accuracy": balanced_accuracy(np.asarray(predictions) == references, references)}
+        hits = np.asarray(predictions) == references
+        recalls = [np.mean(hits[references == label]) for label in np.unique(references)]
+        return {"balanced_accuracy": float(np.mean(recalls))}
+
+
+def accuracies(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """``accuracy`` and ``balanced_accuracy`` of class ids, in percent."""
+    metrics = evaluate.combine([Accuracy(), BalancedAccuracy()])
+    return {name: 100 * value for name, value in metrics.compute(predictions, references).items()}

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..data.emoji import STYLES, load_emoji
 from .embeddings import embed_images, embed_texts
-from .metrics import accuracy, balanced_accuracy, retrieval_metrics
+from .metrics import accuracies, retrieval_metrics
 from .pixels import embed_pixels, nearest_pictures
 from .retrieval import right_texts, shared_captions
 from .zero_shot import class_means, classification_metrics
@@ -28,7 +28,7 @@ CELLS = {  # name: (split of the pictures, gallery of captions)
     "concept_all": ("concept", "all"),
     "fit": ("train", "train"),
 }
-SUBGROUP_CELLS = ("cell", "style", "val", "val_style", "concept", "both")
+CLASSIFIED = ("cell", "style", "val", "val_style", "concept", "both")
 
 
 def evaluate_emoji(
@@ -40,8 +40,8 @@ def evaluate_emoji(
     cook"). Ties count against the model.
 
     The pixel baseline scores a caption by the most similar training picture under it (`embed_pixels`). Captions of new
-    concepts have no training picture, so ``pixels_r1`` and ``pixels_r10`` are None wherever one is in the gallery;
-    there, the subgroup of the nearest training picture is the baseline, in ``"subgroup"``.
+    concepts have no training picture, so ``pixels_r1`` and its like are None wherever one is in the gallery; there, the
+    class of the nearest training picture is the baseline, in ``"subgroup"`` and ``"group"``.
 
     Args:
         model: `MMClipModel`, or alike.
@@ -56,7 +56,9 @@ def evaluate_emoji(
           ``"val"``, ``"val_style"``, ``"concept"``, ``"both"`` (captions of their own), ``"concept_all"`` (``"concept"``
           among all captions) and ``"fit"`` (training pictures: memory, not a result; ``is_result`` is False);
         - ``"styles"``: the same for each artist, as ``{"seen": ..., "new": ...}`` concepts;
-        - ``"subgroup"``: for each split, 96 classes, a class being the mean embedding of its training captions;
+        - ``"subgroup"`` and ``"group"``: for each split, classification into 96 and 9 classes. A class is the mean
+          embedding of its training captions; in what starts with ``name_``, the embedding of its bare name ("food
+          fruit"). Subgroup names may occur in training texts, which makes that supervised for known concepts;
         - ``"temperature"`` and ``"normalize_size"``.
     """
     pictures = _embed(model, processor, normalize_size, batch_size, progress)
@@ -75,7 +77,10 @@ def evaluate_emoji(
         "styles": {
             style: {"seen": cell(seen, style), "new": cell(new, style)} for style, (seen, new) in seen_new.items()
         },
-        "subgroup": {name: _subgroups(pictures, name) for name in SUBGROUP_CELLS},
+        **{
+            name: {split: _classification(pictures, split, labels) for split in CLASSIFIED}
+            for name, labels in (("subgroup", pictures.subgroup), ("group", pictures.group))
+        },
         "temperature": math.exp(-model.logit_scale.item()),
         "normalize_size": normalize_size,
     }
@@ -89,6 +94,7 @@ class _Pictures:
     style: np.ndarray
     caption: np.ndarray
     subgroup: np.ndarray
+    group: np.ndarray
     right: list[set[str]]  # captions that are right for the picture
     images: torch.Tensor
     pixels: torch.Tensor
@@ -99,24 +105,26 @@ class _Pictures:
 def _embed(model: nn.Module, processor: Any, normalize_size: bool, batch_size: int, progress: bool) -> _Pictures:
     emoji = load_emoji("all", normalize_size=normalize_size)
     images = list(emoji["image"])
-    split, style, caption, subgroup = (np.array(emoji[name][:]) for name in ("split", "style", "caption", "subgroup"))
-    looks = [(artist, image.tobytes()) for artist, image in zip(style, images, strict=True)]
-    texts = _distinct(caption)
+    labels = {name: np.array(emoji[name][:]) for name in ("split", "style", "caption", "subgroup", "group")}
+    looks = [(artist, image.tobytes()) for artist, image in zip(labels["style"], images, strict=True)]
+    classes = np.concatenate([labels["subgroup"], labels["group"]])
+    texts = _distinct(labels["caption"]) + [_spoken(name) for name in _distinct(classes)]
     return _Pictures(
-        split=split,
-        style=style,
-        caption=caption,
-        subgroup=subgroup,
-        right=shared_captions([[text] for text in caption], looks),
+        **labels,
+        right=shared_captions([[text] for text in labels["caption"]], looks),
         images=embed_images(model, processor, images, batch_size, progress),
         pixels=embed_pixels(images),
         texts=dict(zip(texts, embed_texts(model, processor, texts, batch_size, progress), strict=True)),
-        training=np.flatnonzero(split == "train"),
+        training=np.flatnonzero(labels["split"] == "train"),
     )
 
 
 def _distinct(texts: np.ndarray) -> list[str]:
     return list(dict.fromkeys(texts.tolist()))
+
+
+def _spoken(class_name: str) -> str:
+    return class_name.replace("-", " ")
 
 
 def _retrieval(pictures: _Pictures, rows: np.ndarray, captions: list[str], pixels: bool) -> dict[str, Any]:
@@ -125,23 +133,22 @@ def _retrieval(pictures: _Pictures, rows: np.ndarray, captions: list[str], pixel
     asked = torch.from_numpy(np.isin(captions, pictures.caption[rows]))
     i2t = retrieval_metrics(similarity, positives, "i2t")
     t2i = retrieval_metrics(similarity.T[asked], positives.T[asked], "t2i")
-    by_pixels = retrieval_metrics(_pixel_scores(pictures, rows, captions), positives, "i2t") if pixels else {}
-    return {
-        "images": len(rows),
-        "captions": len(captions),
-        "i2t_r1": i2t["i2t_r1"],
-        "i2t_r5": i2t["i2t_r5"],
-        "i2t_r10": i2t["i2t_r10"],
-        "mrr": i2t["i2t_mrr"],
-        "t2i_r1": t2i["t2i_r1"],
-        "t2i_r10": t2i["t2i_r10"],
-        "chance_r1": i2t["chance_i2t_r1"],
-        "chance_r10": i2t["chance_i2t_r10"],
-        "chance_t2i_r1": t2i["chance_t2i_r1"],
-        "chance_t2i_r10": t2i["chance_t2i_r10"],
-        "pixels_r1": by_pixels.get("i2t_r1"),
-        "pixels_r10": by_pixels.get("i2t_r10"),
-    }
+    pixels_i2t, pixels_t2i = {}, {}
+    if pixels:
+        nearest = _pixel_scores(pictures, rows, captions)
+        pixels_i2t = retrieval_metrics(nearest, positives, "i2t")
+        pixels_t2i = retrieval_metrics(nearest.T[asked], positives.T[asked], "t2i")
+    row = {"images": len(rows), "captions": len(captions), "mrr": i2t["i2t_mrr"]}
+    for k in (1, 5, 10):
+        row |= {
+            f"i2t_r{k}": i2t[f"i2t_r{k}"],
+            f"chance_r{k}": i2t[f"chance_i2t_r{k}"],
+            f"pixels_r{k}": pixels_i2t.get(f"i2t_r{k}"),
+            f"t2i_r{k}": t2i[f"t2i_r{k}"],
+            f"chance_t2i_r{k}": t2i[f"chance_t2i_r{k}"],
+            f"pixels_t2i_r{k}": pixels_t2i.get(f"t2i_r{k}"),
+        }
+    return row
 
 
 def _pixel_scores(pictures: _Pictures, rows: np.ndarray, captions: list[str]) -> torch.Tensor:
@@ -153,25 +160,30 @@ def _pixel_scores(pictures: _Pictures, rows: np.ndarray, captions: list[str]) ->
     return lowest.scatter_reduce(1, columns.expand(len(rows), -1), cosines, "amax")
 
 
-def _subgroups(pictures: _Pictures, split: str) -> dict[str, float]:
-    """Subgroup of a picture: by the mean embedding of training captions, and by the nearest training picture."""
+def _classification(pictures: _Pictures, split: str, class_of: np.ndarray) -> dict[str, float]:
+    """Class of a picture by the mean embedding of training captions, by the class's name, by the nearest pixels."""
     rows, training = np.flatnonzero(pictures.split == split), pictures.training
-    names, labels = np.unique(pictures.subgroup, return_inverse=True)
+    names, labels = np.unique(class_of, return_inverse=True)
     label_of = dict(zip(pictures.caption[training], labels[training].tolist(), strict=True))
     texts = torch.stack([pictures.texts[text] for text in label_of])
     prototypes = class_means(texts, torch.tensor(list(label_of.values())), len(names))
+    spoken = torch.stack([pictures.texts[_spoken(name)] for name in names.tolist()])
 
-    metrics = classification_metrics(pictures.images[rows] @ prototypes.T, torch.from_numpy(labels[rows]))
+    images, expected = pictures.images[rows], torch.from_numpy(labels[rows])
+    by_prototype = classification_metrics(images @ prototypes.T, expected)
+    by_name = classification_metrics(images @ spoken.T, expected)
     nearest = training[nearest_pictures(pictures.pixels[rows], pictures.pixels[training])]
-    hits = labels[nearest] == labels[rows]
+    by_pixels = accuracies(labels[nearest], labels[rows])
     return {
         "images": len(rows),
         "classes": len(names),
-        "accuracy": metrics["top1"],
-        "top5": metrics["top5"],
-        "balanced_accuracy": metrics["balanced_accuracy"],
-        "chance": metrics["chance_top1"],
-        "majority": metrics["majority"],
-        "pixels_accuracy": 100 * accuracy(hits),
-        "pixels_balanced_accuracy": 100 * balanced_accuracy(hits, labels[rows]),
+        "accuracy": by_prototype["top1"],
+        "top5": by_prototype["top5"],
+        "balanced_accuracy": by_prototype["balanced_accuracy"],
+        "name_accuracy": by_name["top1"],
+        "name_balanced_accuracy": by_name["balanced_accuracy"],
+        "chance": by_prototype["chance_top1"],
+        "majority": by_prototype["majority"],
+        "pixels_accuracy": by_pixels["accuracy"],
+        "pixels_balanced_accuracy": by_pixels["balanced_accuracy"],
     }

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .embeddings import embed_images, embed_texts
-from .metrics import accuracy, balanced_accuracy, majority_share, retrieval_ranks
+from .metrics import accuracies, majority_share, recall_at_k, retrieval_ranks
 
 
 def build_classifier(
@@ -119,17 +119,19 @@ def classification_metrics(scores: torch.Tensor, labels: torch.Tensor) -> dict[s
         counts ``images`` and ``classes``.
     """
     num_classes = scores.shape[1]
-    ranks = retrieval_ranks(scores, nn.functional.one_hot(labels, num_classes).bool()).numpy()
-    labels = labels.numpy()
+    is_right = nn.functional.one_hot(labels, num_classes).bool()
+    ranks = retrieval_ranks(scores, is_right)
+    best_wrong = scores.masked_fill(is_right, -torch.inf).argmax(dim=1)
+    hits = accuracies(torch.where(ranks == 1, labels, best_wrong).numpy(), labels.numpy())
     return {
         "images": len(labels),
         "classes": num_classes,
-        "top1": 100 * accuracy(ranks == 1),
-        "top5": 100 * accuracy(ranks <= 5),
-        "balanced_accuracy": 100 * balanced_accuracy(ranks == 1, labels),
+        "top1": hits["accuracy"],
+        "top5": recall_at_k(ranks, 5),
+        "balanced_accuracy": hits["balanced_accuracy"],
         "chance_top1": 100 / num_classes,
         "chance_top5": 100 * min(5, num_classes) / num_classes,
-        "majority": 100 * majority_share(labels),
+        "majority": 100 * majority_share(labels.numpy()),
     }
 
 

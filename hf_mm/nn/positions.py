@@ -46,6 +46,6 @@ def resize_position_table(
     if tuple(source_grid) == tuple(target_grid):
         return table
     prefix, patches = table[:num_prefix_tokens], table[num_prefix_tokens:]
-    image = patches.T.reshape(1, -1, *source_grid)
-    resized = nn.functional.interpolate(image.float(), size=tuple(target_grid), **INTERPOLATIONS[interpolation])
+    image = patches.T.reshape(1, -1, *source_grid).to(torch.promote_types(table.dtype, torch.float32))
+    resized = nn.functional.interpolate(image, size=tuple(target_grid), **INTERPOLATIONS[interpolation])
     return torch.cat([prefix, resized.to(table.dtype).flatten(2)[0].T])

@@ -150,9 +150,7 @@ def plot_captions(
         ax = figure.add_subplot(grid[line, 2 * column])
         _show(ax, picture)
         _frame(ax, PALE, 0.8)
-        _list_captions(
-            figure.add_subplot(grid[line, 2 * column + 1]), captions[index], truths[index], scores[index]
-        )
+        _list_captions(figure.add_subplot(grid[line, 2 * column + 1]), captions[index], truths[index], scores[index])
     return figure
 
 
@@ -265,9 +263,7 @@ def _frame(ax: Axes, color: str, width: float) -> None:
         spine.set(visible=True, color=color, linewidth=width)
 
 
-def token_attention(
-    attentions: Sequence[torch.Tensor], num_prefix_tokens: int, grid: tuple[int, int]
-) -> torch.Tensor:
+def token_attention(attentions: Sequence[torch.Tensor], num_prefix_tokens: int, grid: tuple[int, int]) -> torch.Tensor:
     """How much of the last layer's attention each patch gets, as a mean over heads.
 
     With a class token it is that token's attention; without one (mean pooling), the mean over all queries.

@@ -81,7 +81,9 @@ class Table:
     def __post_init__(self):
         for index, row in enumerate(self.rows):
             if len(row) != len(self.header):
-                raise ValueError(f"row {index} of the table has {len(row)} cells but its header has {len(self.header)}.")
+                raise ValueError(
+                    f"row {index} of the table has {len(row)} cells but its header has {len(self.header)}."
+                )
 
 
 @dataclass

@@ -30,9 +30,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
     view_loss_temperature: float = field(
         default=0.1, metadata={"help": "Temperature of the loss between pictures of one group."}
     )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Start anew in an output folder that holds another run."}
-    )
+    overwrite: bool = field(default=False, metadata={"help": "Start anew in an output folder that holds another run."})
 
     def __post_init__(self):
         # Raw pictures are columns that no forward() names, and unequal batches have no common loss.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import sys
 import shutil
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -39,9 +39,11 @@ def read_recipe(path: str | Path) -> dict:
         raise ValueError(f"recipe {path} cannot be read: {error.strerror}.") from error
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {path} is not YAML: {error}.") from error
-    base = sections.pop("extends", None) if isinstance(sections, dict) else None
+    if not isinstance(sections, dict):
+        raise ValueError(f"recipe {path} must be made of sections of settings.")
+    base = sections.pop("extends", None)
     settings = {}
-    for section, values in dict(sections).items():
+    for section, values in sections.items():
         if not isinstance(values, dict):
             raise ValueError(f"recipe {path}: {section!r} must be a section of settings, not {values!r}.")
         if twice := settings.keys() & values.keys():

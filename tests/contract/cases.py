@@ -45,7 +45,7 @@ ROWS = {
     12: "bad input",
     13: "compile",
 }
-NOT_BUILT_YET = {row: "not built yet" for row in (5, 7, 10, 11, 13)}
+NOT_BUILT_YET = dict.fromkeys((5, 7, 10, 11, 13), "not built yet")
 NO_GENERATION = {8: "it generates nothing"}
 # Of row 1, the half against open_clip and timm: not built yet.
 
@@ -231,6 +231,9 @@ def bad_texts() -> tuple[BadCall, ...]:
         columns = mask.argsort(dim=1, stable=True)
         return {"input_ids": ids.gather(1, columns), "attention_mask": mask.gather(1, columns)}
 
+    def padded_left_without_mask(batch):
+        return {**padded_left(batch), "attention_mask": None}
+
     def too_long(batch):
         ids = batch["input_ids"]
         ids = torch.cat([ids[:, :2], ids[:, 1:2].expand(-1, CONTEXT + 5 - 2)], 1)
@@ -250,6 +253,7 @@ def bad_texts() -> tuple[BadCall, ...]:
 
     return (
         BadCall("padding on the left", call(padded_left), "padding on the right"),
+        BadCall("padding on the left, no mask", call(padded_left_without_mask), "padding on the right"),
         BadCall("ids beyond the context", call(too_long), rf"{CONTEXT + 5}.*{CONTEXT}"),
         BadCall("a row without end token", call(no_end), "row 1.*end token"),
         BadCall("ids and embeddings", call(embedded), "input_ids or inputs_embeds"),

@@ -237,7 +237,11 @@ def test_every_source_gives_each_picture_with_its_caption(make, tmp_path):
     assert sorted(colour_of(row.image) for row in read) == sorted(NAMES)
     assert all(row.captions == [caption(colour_of(row.image))] for row in read)
     assert all(row.image.mode == "RGB" and row.image.size == (24, 20) for row in read)
-    assert len({row.image_id for row in read}) == len(NAMES) or make in (folder_of_shards, pattern_of_shards, numbered_shards)
+    assert len({row.image_id for row in read}) == len(NAMES) or make in (
+        folder_of_shards,
+        pattern_of_shards,
+        numbered_shards,
+    )
     assert sorted(rows.texts()) == sorted(map(caption, NAMES))
     groups = rows.groups()
     assert groups == [row.group for row in read]
@@ -294,7 +298,10 @@ def test_a_source_without_splits_never_serves_its_training_rows_for_validation(m
 
 def test_columns_are_chosen_by_the_user(tmp_path):
     save_pictures(tmp_path)
-    rows = [{"caption": "wrong", "image": "wrong", "what": caption(n), "where": f"{n}.png", "kind": i // 2} for i, n in enumerate(NAMES)]
+    rows = [
+        {"caption": "wrong", "image": "wrong", "what": caption(n), "where": f"{n}.png", "kind": i // 2}
+        for i, n in enumerate(NAMES)
+    ]
     write_csv(tmp_path / "rows.csv", rows)
     args = DataArguments(str(tmp_path / "rows.csv"), image_column="where", caption_column="what", group_column="kind")
     opened = open_rows(args)
@@ -308,7 +315,10 @@ def test_columns_are_chosen_by_the_user(tmp_path):
         ({"image_column": "photo"}, "no column 'photo', only where, what: set image_column to one of them"),
         ({}, "only where, what: set image_column to one of them"),
         ({"image_column": "where"}, "only where, what: set caption_column to one of them"),
-        ({"image_column": "where", "caption_column": "what", "group_column": "kind"}, "no column 'kind', only where, what: set group_column"),
+        (
+            {"image_column": "where", "caption_column": "what", "group_column": "kind"},
+            "no column 'kind', only where, what: set group_column",
+        ),
     ],
 )
 @pytest.mark.parametrize("open_source", [open_rows, open_stream])
@@ -319,7 +329,17 @@ def test_missing_columns_are_named_with_those_there_are(tmp_path, changes, sente
 
 
 @pytest.mark.parametrize(
-    "source", ["/nowhere/at/all", "./nowhere", "~/nowhere-at-all", "nowhere/rows.csv", "rows.parquet", "a/b/c", "nowhere/{000..003}.tar", "/nowhere/*.tar"]
+    "source",
+    [
+        "/nowhere/at/all",
+        "./nowhere",
+        "~/nowhere-at-all",
+        "nowhere/rows.csv",
+        "rows.parquet",
+        "a/b/c",
+        "nowhere/{000..003}.tar",
+        "/nowhere/*.tar",
+    ],
 )
 def test_a_source_that_is_not_there(source):
     with pytest.raises(ValueError, match="does not exist|cannot be read as webdataset: Unable to find"):
@@ -364,7 +384,9 @@ def test_a_folder_without_captions_or_pictures(tmp_path):
     with pytest.raises(ValueError, match="empty is not a dataset that can be loaded"):
         open_rows(DataArguments(str(tmp_path / "empty")))
     save_pictures(tmp_path / "bare")
-    with pytest.raises(ValueError, match=r"have no captions: add a metadata.csv with the columns file_name and caption"):
+    with pytest.raises(
+        ValueError, match=r"have no captions: add a metadata.csv with the columns file_name and caption"
+    ):
         open_rows(DataArguments(str(tmp_path / "bare")))
 
 
@@ -467,7 +489,10 @@ def test_held_out_rows_keep_their_numbers(damaged):
 
 
 def test_rows_are_named_by_their_own_id_or_file(tmp_path):
-    rows = [{"image_id": 17, "image": "gone.png", "caption": "a"}, {"image_id": None, "image": "gone.png", "caption": "a"}]
+    rows = [
+        {"image_id": 17, "image": "gone.png", "caption": "a"},
+        {"image_id": None, "image": "gone.png", "caption": "a"},
+    ]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     skipped = {}
     assert not list(open_rows(DataArguments(str(tmp_path / "rows.jsonl"))).readable(skipped))
@@ -495,7 +520,9 @@ def sideways(path: Path) -> None:
     exif[0x0112] = 6
     upright.transpose(Image.Transpose.ROTATE_90).save(path / "sideways.jpg", exif=exif, quality=100, subsampling=0)
     plain = Image.open(path / "sideways.jpg")
-    Image.frombytes("RGB", plain.size, plain.tobytes()).transpose(Image.Transpose.ROTATE_270).save(path / "upright.png")
+    Image.frombytes("RGB", plain.size, plain.tobytes()).transpose(Image.Transpose.ROTATE_270).save(
+        path / "upright.png"
+    )
 
 
 @pytest.mark.parametrize("embedded", [False, True])
@@ -537,7 +564,9 @@ def _with_right_checksums(png: bytes) -> bytes:
 
 def test_the_same_picture_is_one_group_whatever_its_captions(tmp_path):
     images = [encoded(picture(name)) for name in ("red", "blue", "red", "red")]
-    rows = [{"id": i, "image": {"bytes": image, "path": "image.png"}, "caption": "a"} for i, image in enumerate(images)]
+    rows = [
+        {"id": i, "image": {"bytes": image, "path": "image.png"}, "caption": "a"} for i, image in enumerate(images)
+    ]
     write_parquet(tmp_path / "rows.parquet", rows)
     opened = open_rows(DataArguments(str(tmp_path / "rows.parquet")))
     a, b, c, d = opened.groups()
@@ -581,7 +610,9 @@ def test_split_off_takes_about_the_fraction():
 
 def test_only_the_picture_of_a_row_is_opened(tmp_path):
     rows = {"image": [picture("red")], "mask": [{"bytes": b"broken", "path": None}], "caption": ["a"]}
-    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image(), "caption": datasets.Value("string")})
+    features = datasets.Features(
+        {"image": datasets.Image(), "mask": datasets.Image(), "caption": datasets.Value("string")}
+    )
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
     row = open_rows(DataArguments(str(tmp_path / "saved")))[0]
     assert colour_of(row.image) == "red"
@@ -620,7 +651,9 @@ def kind_of(text: str) -> str:
 
 
 def test_texts_of_an_emoji_have_their_shares():
-    sample = ImageText(picture("red"), ["NAME"], "0", "0", {"caption": "NAME", "tags": list("ABCDE"), "subgroup": "face-smiling"})
+    sample = ImageText(
+        picture("red"), ["NAME"], "0", "0", {"caption": "NAME", "tags": list("ABCDE"), "subgroup": "face-smiling"}
+    )
     draws = 10_000
     counts = Counter(kind_of(emoji_text(sample, Random(i))) for i in range(draws))
     for kind, share in {"name": 0.6, "name and tags": 0.2, "tags": 0.15, "subgroup": 0.05}.items():

@@ -24,8 +24,9 @@ def knowing_model(emoji):
     for image, caption in zip(emoji["image"], emoji["caption"], strict=True):
         tables.setdefault(image.tobytes(), torch.zeros(len(captions)))[number[caption]] = 1
     looks = {look: index for index, look in enumerate(tables)}
-    model = TableModel(torch.stack(list(tables.values())), torch.eye(len(captions)))
-    return model, TableProcessor(lambda image: looks[image.tobytes()], number.get)
+    other_texts = torch.zeros(1, len(captions))
+    model = TableModel(torch.stack(list(tables.values())), torch.cat([torch.eye(len(captions)), other_texts]))
+    return model, TableProcessor(lambda image: looks[image.tobytes()], lambda text: number.get(text, len(captions)))
 
 
 @pytest.fixture(scope="module")

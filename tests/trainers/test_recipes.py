@@ -55,6 +55,7 @@ def test_unknown_setting_is_named_with_the_nearest_one(tmp_path):
         ("width: 3\n", "'width' must be a section"),
         ("a:\n  width: 3\nb:\n  width: 4\n", "sets 'width' in two sections"),
         ("a: [\n", "is not YAML"),
+        ("- a\n- b\n", "must be made of sections"),
     ],
 )
 def test_bad_recipes(tmp_path, text, sentence):

@@ -152,7 +152,9 @@ def test_two_processes_equal_one(tmp_path, pictures):
     assert done.returncode == 0, done.stderr
     a, b = (load_file(folder / "model.safetensors") for folder in (one, two))
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a[name], b[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
     results = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
     assert results[0]["metrics"]["held_out"] == pytest.approx(results[1]["metrics"]["held_out"])
     assert results[0]["data"] == results[1]["data"]

@@ -185,17 +185,16 @@ class MMClipTextModel(MMClipPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, not both and not neither.")
+        if pooling_positions is None and input_ids is not None:
+            pooling_positions = self.end_positions(input_ids)
         hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids)
+        check_mask_shape(attention_mask, hidden_states.shape[:2])
         if pooling_positions is None:
-            pooling_positions = (
-                self.end_positions(input_ids)
-                if input_ids is not None
-                else last_kept_positions(attention_mask, hidden_states)
-            )
+            pooling_positions = last_kept_positions(attention_mask, hidden_states)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
-            attention_mask=drop_right_padding(attention_mask, hidden_states),
+            attention_mask=drop_right_padding(attention_mask),
             cache=None,
             position_ids=None,
         )
@@ -207,6 +206,8 @@ class MMClipTextModel(MMClipPreTrainedModel):
 
     def end_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``(B,)``: where each row's first end token stands. Raises ValueError for a row that has none."""
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be (batch, tokens), but its shape is {tuple(input_ids.shape)}.")
         is_end = input_ids == self.config.eos_token_id
         if not torch.compiler.is_compiling() and not is_end.any(dim=1).all():
             row = int(is_end.any(dim=1).int().argmin())
@@ -217,16 +218,17 @@ class MMClipTextModel(MMClipPreTrainedModel):
         return is_end.int().argmax(dim=1)
 
 
-def drop_right_padding(attention_mask: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor | None:
-    """Checks a padding mask and drops it where it only hides the right end, which causality hides anyway."""
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != hidden_states.shape[:2]:
+def check_mask_shape(attention_mask: torch.Tensor | None, shape: torch.Size) -> None:
+    """Raises ValueError for a mask that is not one number a token."""
+    if attention_mask is not None and attention_mask.shape != shape:
         raise ValueError(
-            f"attention_mask must have the shape of the texts, {tuple(hidden_states.shape[:2])}, "
-            f"not {tuple(attention_mask.shape)}."
+            f"attention_mask must have the shape of the texts, {tuple(shape)}, not {tuple(attention_mask.shape)}."
         )
-    if torch.compiler.is_compiling():
+
+
+def drop_right_padding(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Drops a padding mask that only hides the right end, which causality hides anyway; refuses padding on the left."""
+    if attention_mask is None or torch.compiler.is_compiling():
         return attention_mask
     if not attention_mask[:, 0].all():
         raise ValueError("the text tower takes padding on the right only: set tokenizer.padding_side = 'right'.")
@@ -358,6 +360,7 @@ class MMClipModel(MMClipPreTrainedModel):
         """
         if input_ids is not None and pooling_positions is None:
             pooling_positions = self.text_model.end_positions(input_ids)
+            check_mask_shape(attention_mask, input_ids.shape)
             if not torch.compiler.is_compiling():
                 length = int(pooling_positions.max()) + 1
                 input_ids = input_ids[:, :length]

@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from ...nn.patches import to_pair
 from ...nn.positions import INTERPOLATIONS
@@ -89,6 +90,8 @@ class MMViTConfig(PreTrainedConfig):
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field} must be one of {', '.join(choices)}, not {getattr(self, field)!r}.")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be at least 0 and below 1, not {self.drop_path_rate}.")
         if self.stem == "conv":
             self._validate_stem()
 
@@ -107,12 +110,14 @@ class MMViTConfig(PreTrainedConfig):
 
 
 def validate_transformer(config) -> None:
-    """Raises ValueError where `hidden_size` cannot be split over the heads."""
+    """Raises ValueError where `hidden_size` cannot be split over the heads or the activation is unknown."""
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"hidden_size ({config.hidden_size}) must be a multiple of num_attention_heads "
             f"({config.num_attention_heads})."
         )
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act {config.hidden_act!r} is not one of {', '.join(sorted(ACT2FN))}.")
 
 
 def validate_patches(config) -> None:

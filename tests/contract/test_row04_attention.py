@@ -1,0 +1,86 @@
+"""Row 4: every kernel answers the same, and all attention maps and hidden states can be had."""
+
+import pytest
+import torch
+
+from .cases import blocks, cases_for, in_double, largest_error
+
+EVERY = pytest.mark.parametrize("case", cases_for(4), ids=str)
+
+
+def towers(case, outputs) -> list:
+    """The outputs that carry hidden states and attention maps: of both towers where there are two."""
+    pair = [outputs.get("vision_model_output"), outputs.get("text_model_output")]
+    return [tower for tower in pair if tower is not None] or [outputs]
+
+
+@EVERY
+def test_sdpa_equals_eager(case):
+    model, batch = case.build().double(), in_double(case.batch(3))
+    answers = {}
+    for kernel in ("sdpa", "eager"):
+        model.set_attn_implementation(kernel)
+        assert {block.self_attn.config._attn_implementation for block in blocks(model)} == {kernel}
+        answers[kernel] = case.read(model(**batch), batch)
+    for name, reference in answers["eager"].items():
+        assert largest_error(answers["sdpa"][name], reference) <= 1e-9, name
+
+
+@EVERY
+def test_sdpa_is_the_default_and_eager_can_be_asked_for(case, tmp_path):
+    assert case.build().config._attn_implementation == "sdpa"
+    case.build().save_pretrained(tmp_path)
+    model = case.auto_class.from_pretrained(tmp_path, attn_implementation="eager")
+    assert {block.self_attn.config._attn_implementation for block in blocks(model)} == {"eager"}
+
+
+@EVERY
+def test_every_block_gives_one_map_and_one_hidden_state(case):
+    model, batch = case.build(), case.batch(3)
+    model.set_attn_implementation("eager")
+    outputs = model(**batch, output_attentions=True, output_hidden_states=True)
+    recorded = towers(case, outputs)
+    assert sum(len(tower.attentions) for tower in recorded) == len(list(blocks(model))) >= 2
+    for tower in recorded:
+        length = tower.hidden_states[0].shape[1]
+        assert len(tower.hidden_states) == len(tower.attentions) + 1
+        assert {tuple(state.shape) for state in tower.hidden_states} == {tuple(tower.hidden_states[0].shape)}
+        for attention in tower.attentions:
+            assert attention.shape == (3, model.config.get_text_config().num_attention_heads, length, length)
+            torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+
+
+@EVERY
+def test_hidden_states_are_those_between_the_blocks(case):
+    model, batch = case.build(), case.batch(3)
+    seen = []
+    for block in blocks(model):
+        block.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    outputs = model(**batch, output_hidden_states=True)
+    expected = []
+    for before, after in seen:
+        if not expected or expected[-1] is not before:
+            expected.append(before)
+        expected.append(after)
+    states = [state for tower in towers(case, outputs) for state in tower.hidden_states]
+    assert len(states) == len(expected)
+    assert all(torch.equal(state, reference) for state, reference in zip(states, expected, strict=True))
+
+
+@EVERY
+def test_one_hidden_state_can_be_asked_for_by_index(case):
+    model, batch = case.build(), case.batch(3)
+    every = towers(case, model(**batch, output_hidden_states=True))
+    one = towers(case, model(**batch, output_hidden_states=[-2]))
+    for all_states, single in zip(every, one, strict=True):
+        kept = [number for number, state in enumerate(single.hidden_states) if state is not None]
+        assert kept == [len(all_states.hidden_states) - 2]
+        assert torch.equal(single.hidden_states[-2], all_states.hidden_states[-2])
+
+
+@EVERY
+def test_nothing_is_recorded_unasked(case):
+    outputs = case.build()(**case.batch(3))
+    assert all(
+        tower.get("hidden_states") is None and tower.get("attentions") is None for tower in towers(case, outputs)
+    )

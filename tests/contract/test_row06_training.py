@@ -1,0 +1,121 @@
+"""Row 6: transformers' own Trainer trains the models, on one process and several, and evaluates them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+
+from .cases import FOLDER, blocks, cases_for, in_double, largest_error
+from .training import NUM_SAMPLES, samples_of, trained, trainer_for, with_loss
+
+EVERY = pytest.mark.parametrize("case", cases_for(6), ids=str)
+WITH_LOSS = pytest.mark.parametrize("case", cases_for(6, with_loss), ids=str)
+WITH_LABELS = pytest.mark.parametrize("case", cases_for(6, lambda case: "labels" in case.inputs), ids=str)
+
+
+def assert_same_training(one, other):
+    (weights, losses), (other_weights, other_losses) = one, other
+    assert losses == pytest.approx(other_losses, rel=1e-6)
+    assert max(largest_error(other_weights[name], value) for name, value in weights.items()) <= 1e-9
+
+
+@WITH_LOSS
+def test_overfits_one_batch(case, tmp_path):
+    samples = samples_of(case.batch(4))
+    trainer = trainer_for(
+        case,
+        tmp_path,
+        model=case.build(),
+        samples=samples,
+        max_steps=40,
+        optim="adamw_torch",
+        learning_rate=5e-3,
+        remove_unused_columns=True,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] > 1.0
+    assert losses[-1] < 0.02
+
+
+@WITH_LABELS
+def test_four_accumulated_batches_equal_one(case, tmp_path):
+    """A contrastive loss has no such equality: its negatives are the batch."""
+    once = trained(case, tmp_path, per_device_train_batch_size=8)
+    accumulated = trained(case, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert_same_training(once, accumulated)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("two_processes")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, "-m", "contract.training", str(root)]
+    done = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = [case.name for case in cases_for(6, with_loss)]
+    return {name: torch.load(root / f"{number}.pt") for number, name in enumerate(names)}
+
+
+@WITH_LOSS
+def test_two_processes_equal_one(case, two_processes, tmp_path):
+    world_size, *training = two_processes[case.name]
+    assert world_size == 2
+    assert_same_training(trained(case, tmp_path), training)
+
+
+@EVERY
+def test_checkpointing_recomputes_every_block_and_changes_no_gradient(case):
+    batch = in_double(case.batch(4))
+
+    def calls_and_gradients(checkpointing: bool):
+        model, calls = case.build().double().train(), []
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        for block in blocks(model):
+            block.mlp.register_forward_hook(lambda module, args, output: calls.append(module))
+        outputs = case.read(model(**batch), batch)
+        sum(value.square().sum() for value in outputs.values()).backward()
+        return len(calls), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    calls, gradients = calls_and_gradients(checkpointing=False)
+    checkpointed_calls, checkpointed_gradients = calls_and_gradients(checkpointing=True)
+    assert calls == len(list(blocks(case.build())))
+    assert checkpointed_calls == 2 * calls
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(checkpointed_gradients[name], gradient, rtol=1e-12, atol=1e-14)
+
+
+@WITH_LOSS
+def test_checkpointing_in_trainer_ends_with_equal_weights(case, tmp_path):
+    assert_same_training(trained(case, tmp_path), trained(case, tmp_path, gradient_checkpointing=True))
+
+
+@WITH_LOSS
+@pytest.mark.parametrize("loss_only", [True, False])
+def test_evaluation_reports_the_mean_loss_also_with_a_smaller_last_batch(case, tmp_path, loss_only):
+    model, batch = case.build().double(), in_double(case.batch(6))
+    trainer = trainer_for(case, tmp_path, model=model, per_device_eval_batch_size=4, prediction_loss_only=loss_only)
+    metrics = trainer.evaluate(samples_of(batch))
+    with torch.no_grad():
+        parts = [
+            model(**{name: value[rows] for name, value in batch.items()}).loss for rows in (slice(4), slice(4, 6))
+        ]
+    assert metrics["eval_loss"] == pytest.approx((4 * parts[0] + 2 * parts[1]).item() / 6, rel=1e-6)
+
+
+@WITH_LOSS
+def test_no_input_is_dropped_and_other_columns_are(case, tmp_path):
+    batch = case.batch(NUM_SAMPLES)
+    if "text" in case.inputs:
+        batch |= {"image_ids": torch.arange(NUM_SAMPLES), "text_ids": torch.arange(NUM_SAMPLES)}
+    columns = {name: value.tolist() for name, value in batch.items()}
+    dataset = Dataset.from_dict({**columns, "photographer": ["somebody"] * NUM_SAMPLES}).with_format("torch")
+    trainer, received = trainer_for(case, tmp_path, model=case.build(), samples=dataset, max_steps=1), []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, inputs: received.append(set(inputs)), with_kwargs=True
+    )
+    trainer.train()
+    assert received == [set(batch)]

@@ -1,0 +1,109 @@
+"""Row 12: what a user is likely to get wrong is refused in one sentence."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from .cases import cases_for
+
+EVERY = pytest.mark.parametrize("case", cases_for(12), ids=str)
+CALLS = [(case, bad) for case in cases_for(12) for bad in case.bad_calls]
+
+
+def one_sentence(error: BaseException) -> bool:
+    text = str(error)
+    return text.endswith(".") and "\n" not in text
+
+
+@pytest.mark.parametrize(("case", "bad"), CALLS, ids=[f"{case}: {bad.name}" for case, bad in CALLS])
+def test_a_wrong_call_is_refused_in_one_sentence(case, bad):
+    with pytest.raises(ValueError, match=bad.message) as refusal:
+        bad.call(case.build(), case.batch(3))
+    assert one_sentence(refusal.value)
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"hidden_size": 50, "num_attention_heads": 4}, r"hidden_size \(50\).*num_attention_heads \(4\)"),
+        ({"hidden_act": "gleu"}, "hidden_act.*gleu"),
+        ({"hidden_size": "48"}, "hidden_size"),
+    ],
+    ids=["heads do not divide", "unknown activation", "not a number"],
+)
+def test_a_config_no_model_can_be_built_from_is_refused(case, wrong, message):
+    for config in tower_configs(case.config()):
+        with pytest.raises(StrictDataclassError, match=message):
+            type(config)(**{**config.to_dict(), **wrong})
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"image_size": 30}, r"image_size \(30\).*patch_size \(8\)"),
+        ({"image_size": (32, 30)}, r"image_size.*patch_size \(8\)"),
+        ({"patch_size": 5}, r"patch_size \(5\)"),
+        ({"pos_embed_interpolation": "nearest"}, "pos_embed_interpolation.*bilinear_corners.*'nearest'"),
+    ],
+    ids=["size", "height alone fits", "patch", "unknown interpolation"],
+)
+def test_patches_that_do_not_tile_are_refused(case, wrong, message):
+    configs = [config for config in tower_configs(case.config()) if hasattr(config, "patch_size")]
+    assert configs or "images" not in case.inputs
+    for config in configs:
+        fields = {**config.to_dict(), "stem": "patch", **wrong}
+        with pytest.raises(StrictDataclassError, match=message):
+            type(config)(**fields)
+
+
+def tower_configs(config) -> list:
+    return [config.vision_config, config.text_config] if hasattr(config, "vision_config") else [config]
+
+
+@EVERY
+def test_a_folder_that_is_no_checkpoint_is_refused(case, tmp_path):
+    (tmp_path / "holiday.jpg").write_bytes(b"")
+    with pytest.raises(OSError, match=str(tmp_path)):
+        case.model_class.from_pretrained(tmp_path)
+
+
+@EVERY
+def test_a_folder_without_weights_is_refused(case, tmp_path):
+    case.config().save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=f"(?s)model.safetensors.*{tmp_path}"):
+        case.model_class.from_pretrained(tmp_path)
+
+
+@EVERY
+def test_a_truncated_file_is_refused(case, tmp_path):
+    case.build().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    for kept in (len(whole) - 4, len(whole) // 2, 6, 0):
+        weights.write_bytes(whole[:kept])
+        with pytest.raises(Exception, match="(?i)safetensors|header|incomplete|metadata"):
+            case.model_class.from_pretrained(tmp_path)
+
+
+@EVERY
+def test_weights_of_another_shape_are_refused_and_reported(case, tmp_path, caplog):
+    case.build().save_pretrained(tmp_path)
+    larger = case.config()
+    for config in tower_configs(larger):
+        config.intermediate_size += 8
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        case.model_class.from_pretrained(tmp_path, config=larger)
+    assert "mlp.fc1.weight" in caplog.text and "MISMATCH" in caplog.text
+
+
+@EVERY
+def test_a_refused_call_leaves_the_model_as_it_was(case):
+    model, batch = case.build(), case.batch(3)
+    before = case.read(model(**batch), batch)
+    for bad in case.bad_calls:
+        with pytest.raises(ValueError):
+            bad.call(model, case.batch(3))
+    after = case.read(model.eval()(**batch), batch)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
