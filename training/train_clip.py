@@ -11,7 +11,6 @@ The same command resumes a run that was stopped, at any moment, and ends with th
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import time
 from dataclasses import dataclass, field
@@ -19,12 +18,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import transformers
 from datasets.distributed import split_dataset_by_node
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-import hf_mm
+import hf_mm  # noqa: F401  registers the models
 from hf_mm.data.augment import AugmentArguments, ImageAugmentation
 from hf_mm.data.collators import ContrastiveCollator, ImageTextDraws, ImageTextStream
 from hf_mm.data.image_text import (
@@ -50,6 +48,7 @@ from hf_mm.trainers.recipes import (
     RESULT_FILE,
     claim_output_dir,
     decisive_settings,
+    describe_machine,
     parse_recipe,
     write_json,
 )
@@ -170,17 +169,6 @@ def evaluate(model: PreTrainedModel, processor: MMClipProcessor, data: Data, ski
     rows = list(data.held_out.readable(skipped, data.args.strict, desc="Reading held-out pictures"))
     images, captions = [row.image for row in rows], [row.captions for row in rows]
     return {"held_out": evaluate_retrieval(model, processor, images, captions)}
-
-
-def describe_machine() -> dict[str, str | int]:
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hf_mm": hf_mm.__version__,
-    }
 
 
 def train(argv: list[str] | None = None) -> Path:

@@ -15,17 +15,25 @@ from transformers import PreTrainedModel
 from ..data.emoji import STYLES, load_emoji
 from ..evaluation.embeddings import embed_images, embed_texts, inference
 from ..evaluation.retrieval import right_texts, shared_captions
-from .figures import plot_attention, plot_captions, plot_retrieval, plot_style_shift, plot_training, token_attention
+from .figures import (
+    plot_attention,
+    plot_captions,
+    plot_losses,
+    plot_retrieval,
+    plot_style_shift,
+    plot_temperature,
+    token_attention,
+)
 from .report import Picture, Section, Table, write_report
 
 CELLS = {  # split: what its pictures are
-    "cell": "known emoji, held-out drawings of known artists",
-    "style": "known emoji by OpenMoji, a new artist",
+    "cell": "known emoji by known artists",
+    "style": "known emoji by the new artist",
     "concept": "new emoji by known artists",
     "both": "new emoji by the new artist",
 }
-ARTISTS = {"noto": "Noto", "twemoji": "Twemoji", "fluent": "Fluent", "openmoji": "OpenMoji (new)"}
-FORMS = ("size_normalized", "original")
+ARTISTS = {"noto": "Noto", "twemoji": "Twemoji", "fluent": "Fluent", "openmoji": "OpenMoji, new"}
+FORMS = {"size_normalized": "drawings brought to one size", "original": "drawings as published"}
 ATTRIBUTION = (
     "Noto Emoji, Copyright Google Inc., Apache License 2.0, https://github.com/googlefonts/noto-emoji. Twemoji graphics, "
     "Copyright Twitter, Inc. and other contributors, CC BY 4.0, https://creativecommons.org/licenses/by/4.0/, "
@@ -74,8 +82,8 @@ def clip_report(
         _found_pictures(shown, rng),
         _found_captions(shown, examples),
         _results(metrics),
-        _artists(metrics),
-        _subgroups(metrics["size_normalized"]["subgroup"]),
+        _style_shift(metrics),
+        _kinds(metrics["size_normalized"]),
         _attention(model, processor, shown, [row for rows in examples.values() for row in rows[:3]]),
         _training(log_history),
         Section("About the pictures", ATTRIBUTION),
@@ -129,7 +137,7 @@ def _lead(model: PreTrainedModel, log_history: list[dict], metrics: dict) -> str
     )
 
 
-def _found_pictures(shown: _Shown, rng: Random, columns: int = 8) -> Section:
+def _found_pictures(shown: _Shown, rng: Random, columns: int = 6) -> Section:
     def found(splits: tuple[str, ...], count: int, alt: str, caption: str) -> Picture:
         rows = np.isin(shown.split, splits)
         known = np.flatnonzero(shown.right[torch.from_numpy(rows)].any(dim=0).numpy())
@@ -152,15 +160,15 @@ def _found_pictures(shown: _Shown, rng: Random, columns: int = 8) -> Section:
         [
             found(
                 ("cell", "style"),
-                7,
-                "Seven names of known emoji, the nearest pictures beside each",
+                6,
+                "Six names of known emoji, the nearest pictures beside each",
                 "Known emoji: the name was in the training texts, the pictures are new. Most have one right picture, "
                 "by the new artist.",
             ),
             found(
                 ("concept", "both"),
-                5,
-                "Five names of emoji that training never saw, the nearest pictures beside each",
+                6,
+                "Six names of emoji that training never saw, the nearest pictures beside each",
                 "New emoji: neither the name nor any picture of them was trained on. Each has up to four right "
                 "pictures. What is found here is found by words that the name shares with others.",
             ),
@@ -179,7 +187,7 @@ def _found_captions(shown: _Shown, examples: dict[str, list[int]], count: int = 
                 best.values.tolist(),
             ),
             f"Four pictures ({description}) and the {count} likeliest names of each",
-            description[0].upper() + description[1:] + ".",
+            f"{_capital(description)}.",
         )
 
     return Section(
@@ -192,105 +200,107 @@ def _found_captions(shown: _Shown, examples: dict[str, list[int]], count: int = 
 
 def _results(metrics: dict[str, dict]) -> Section:
     normalized, original = (metrics[form] for form in FORMS)
-    bars = [
-        {
-            "name": description,
-            "r1": normalized[split]["i2t_r1"],
-            "r10": normalized[split]["i2t_r10"],
-            "chance_r10": normalized[split]["chance_r10"],
-            "pixels_r10": normalized[split]["pixels_r10"],
-        }
-        for split, description in CELLS.items()
-    ]
+    keys = ("i2t_r1", "i2t_r10", "chance_r1", "chance_r10", "pixels_r1", "pixels_r10")
     rows = [
         [
-            f"{description[0].upper() + description[1:]}\n{normalized[split]['images']:,} pictures, "
-            f"{normalized[split]['captions']:,} names",
-            *(
-                _with_original(normalized[split][key], original[split][key])
-                for key in ("i2t_r1", "i2t_r10", "chance_r1", "chance_r10", "pixels_r1", "pixels_r10", "t2i_r10")
-            ),
+            f"{_capital(description)}\n{normalized[split]['images']:,} pictures, {normalized[split]['captions']:,} names",
+            *(_both_forms(normalized[split][key], original[split][key]) for key in keys),
         ]
         for split, description in CELLS.items()
     ]
     return Section(
-        "How well it does",
-        "A picture counts as found within k (R@k) if the right name is among the first k. Ties count against the "
-        "model, and pixel-identical drawings share their names. Known emoji are sought among the names of all training "
-        "emoji, new ones among their own names.\n\n"
+        "How well it names pictures",
+        "A picture counts as named within k (R@k) if its name is among the first k. Ties count against the model. Known "
+        "emoji are sought among the names of all training emoji, new ones among their own names. OpenMoji is the artist "
+        "that training never saw.\n\n"
         "The baseline has no model: it gives the name of the training picture whose 16x16 pixels are most alike. It "
-        "needs the training pictures at hand, which makes it strong for known emoji, and it cannot name new ones (–): "
-        "for these see the subgroups below.",
+        "keeps every training picture at hand and compares drawings with drawings, never with words, which makes it "
+        "strong for known emoji. It cannot name new ones (–): for these see the kinds of things below.",
         [
             Picture(
-                plot_style_shift(bars),
-                "Bars of R@1 and R@10 for four kinds of test pictures, with chance and the pixel baseline",
+                plot_style_shift([_bars(description, metrics[form][split]) for split, description in CELLS.items()]),
+                f"Bars: R@1 and R@10 of four kinds of pictures, with chance and the pixel baseline, {words}",
+                f"{_capital(words)}.",
             )
+            for form, words in FORMS.items()
         ],
         [
             Table(
-                ["%", "R@1", "R@10", "chance R@1", "chance R@10", "pixels R@1", "pixels R@10", "name to picture R@10"],
+                ["%", "R@1", "R@10", "chance\nR@1", "chance\nR@10", "pixels\nR@1", "pixels\nR@10"],
                 rows,
-                "Large: drawings brought to one size. Small: drawings as published, where artists leave different "
-                "margins.",
+                "Large: drawings brought to one size. Small: drawings as published.",
             )
         ],
     )
 
 
-def _artists(metrics: dict[str, dict]) -> Section:
+def _style_shift(metrics: dict[str, dict]) -> Section:
     normalized, original = (metrics[form]["styles"] for form in FORMS)
-    columns = [(kind, key) for kind in ("seen", "new") for key in ("i2t_r1", "i2t_r10", "chance_r10", "pixels_r10")]
+    columns = [
+        *(("seen", key) for key in ("i2t_r1", "i2t_r10", "chance_r10", "pixels_r10")),
+        *(("new", key) for key in ("i2t_r1", "i2t_r10", "chance_r10")),
+    ]
     rows = [
         [
             f"{ARTISTS[style]}\n{normalized[style]['seen']['images']:,} known, {normalized[style]['new']['images']:,} new",
-            *(
-                _with_original(normalized[style][kind][key], original[style][kind][key])
-                for kind, key in columns
-                if (kind, key) != ("new", "pixels_r10")
-            ),
+            *(_both_forms(normalized[style][kind][key], original[style][kind][key]) for kind, key in columns),
         ]
         for style in STYLES
     ]
     return Section(
         "The shift of style",
-        "The same by artist. Three were trained on; the fourth draws thin black outlines and flat fills.",
-        tables=[
+        "The same for each artist. Three were trained on; OpenMoji, with its black outlines and flat colours, was not.",
+        [
+            Picture(
+                plot_style_shift([_bars(ARTISTS[style], normalized[style][kind]) for style in STYLES]),
+                f"Bars: R@1 and R@10 of {words} for each of four artists, with chance",
+                f"{_capital(words)}, drawings of one size.",
+            )
+            for kind, words in (("seen", "known emoji"), ("new", "new emoji"))
+        ],
+        [
             Table(
-                ["%", *(f"known {name}" for name in ("R@1", "R@10", "chance R@10", "pixels R@10"))]
-                + [f"new {name}" for name in ("R@1", "R@10", "chance R@10")],
+                [
+                    "%",
+                    *(f"{name}\nknown" for name in ("R@1", "R@10", "chance R@10", "pixels R@10")),
+                    *(f"{name}\nnew" for name in ("R@1", "R@10", "chance R@10")),
+                ],
                 rows,
-                "Known and new emoji of each artist. Large: drawings of one size; small: as published.",
+                "Large: drawings brought to one size. Small: drawings as published.",
             )
         ],
     )
 
 
-def _subgroups(subgroups: dict[str, dict]) -> Section:
-    rows = [
-        [
-            f"{description[0].upper() + description[1:]}\n{subgroups[split]['images']:,} pictures",
-            *(
-                _percent(subgroups[split][key])
-                for key in ("accuracy", "top5", "balanced_accuracy", "chance", "majority")
-            ),
-            f"{_percent(subgroups[split]['pixels_accuracy'])}\nbalanced {_percent(subgroups[split]['pixels_balanced_accuracy'])}",
-        ]
-        for split, description in CELLS.items()
-    ]
+def _kinds(metrics: dict[str, Any]) -> Section:
+    header = ["accuracy", "top 5", "balanced\naccuracy", "by name\naccuracy", "chance", "majority", "pixels"]
+    keys = ("accuracy", "top5", "balanced_accuracy", "name_accuracy", "chance", "majority", "pixels_accuracy")
     return Section(
         "What kind of thing it is",
-        f"Each picture is sorted into one of {subgroups['both']['classes']} subgroups, such as food-fruit, by the mean "
-        "embedding of the names of the subgroup's training emoji. Here the pixel baseline has an answer for new emoji "
-        "too: the subgroup of the nearest training picture.",
+        "Each picture is sorted into classes such as food-fruit. A class is the mean embedding of the names of its "
+        "training emoji; by name, it is only its own name. Balanced accuracy counts every class the same; majority is "
+        "always the most frequent class. Here the pixel baseline has an answer for new emoji too: the class of the "
+        "training picture whose pixels are most alike.",
         tables=[
             Table(
-                ["%", "accuracy", "top 5", "balanced accuracy", "chance", "most frequent class", "nearest pixels"],
-                rows,
-                "Drawings of one size. Balanced: every subgroup counts the same.",
+                [f"% of {table['both']['classes']} classes", *header],
+                [
+                    [
+                        f"{_capital(description)}\n{table[split]['images']:,} pictures",
+                        *(_percent(table[split][key]) for key in keys),
+                    ]
+                    for split, description in CELLS.items()
+                ],
+                f"{_capital(name)}s of emoji, drawings of one size.",
             )
+            for name, table in (("subgroup", metrics["subgroup"]), ("group", metrics["group"]))
         ],
     )
+
+
+def _bars(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    numbers = {"r1": row["i2t_r1"], "r10": row["i2t_r10"]}
+    return {"name": name, **numbers, "chance_r10": row["chance_r10"], "pixels_r10": row["pixels_r10"]}
 
 
 def _attention(model: PreTrainedModel, processor: Any, shown: _Shown, rows: list[int]) -> Section:
@@ -299,13 +309,13 @@ def _attention(model: PreTrainedModel, processor: Any, shown: _Shown, rows: list
     return Section(
         "Where it looks",
         "How much of the last layer's attention each patch gets, over all heads. The picture tower sees "
-        f"{maps.shape[1]}x{maps.shape[2]} patches.",
+        f"{maps.shape[1]}x{maps.shape[2]} patches. Darker orange is more attention, relative to the most in the picture.",
         [
             Picture(
-                plot_attention(images, maps),
-                f"{len(images)} pictures, and beside each a map of the attention over it",
-                "Darker orange is more attention, relative to the most in the picture.",
+                plot_attention(images[part], maps[part]),
+                f"{len(images[part])} pictures, and beside each a map of the attention over it",
             )
+            for part in (slice(0, len(images) // 2), slice(len(images) // 2, None))
         ],
     )
 
@@ -336,11 +346,18 @@ def _training(log_history: list[dict[str, Any]]) -> Section:
         "Training",
         "The contrastive loss asks which text of the batch belongs to a picture, and which picture to a text; the view "
         "loss which other picture shows the same emoji. The temperature is learnt.",
-        [Picture(plot_training(log_history), "The losses and the temperature over the steps of training")],
+        [
+            Picture(plot_losses(log_history), "The loss and its parts over the steps of training"),
+            Picture(plot_temperature(log_history), "The temperature over the steps of training"),
+        ],
     )
 
 
-def _with_original(value: float | None, original: float | None) -> str:
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _both_forms(value: float | None, original: float | None) -> str:
     return f"{_percent(value)}\n{_percent(original)}"
 
 

@@ -17,17 +17,17 @@ from PIL import Image
 INK, GREY, PALE = "#1f2933", "#6b7785", "#e4e8ec"
 BLUE, LIGHT_BLUE, ORANGE = "#2f6690", "#a8c4d9", "#c2571a"
 GREEN, LIGHT_GREEN = "#237a3b", "#cfe8d5"
-WIDTH = 7.6  # inches, of every figure
+WIDTH = 3.8  # inches, of every figure: readable on a telephone, two abreast on a desk
 STYLE = {
     "font.family": "DejaVu Sans",
-    "font.size": 9,
+    "font.size": 8.5,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": GREY,
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 10,
+    "axes.titlesize": 9,
     "axes.titlelocation": "left",
     "xtick.color": GREY,
     "ytick.color": GREY,
@@ -36,39 +36,54 @@ STYLE = {
 }
 
 
-@rc_context(STYLE)
-def plot_training(log_history: Sequence[dict[str, Any]]) -> Figure:
-    """The loss, the parts it is the sum of, and the temperature, over steps.
+def plot_losses(log_history: Sequence[dict[str, Any]]) -> Figure:
+    """The loss over steps, and the parts it is the sum of.
 
     Args:
-        log_history: a Trainer's; of its entries those with ``"loss"`` are drawn, with ``"contrastive_loss"``,
-            ``"view_loss"`` and ``"temperature"`` where they have them.
+        log_history: a Trainer's; of its entries those with ``"loss"`` are drawn, with ``"contrastive_loss"`` and
+            ``"view_loss"`` where they have them.
 
     Returns:
-        One panel for the losses and, if there are temperatures, one for them.
+        One panel.
 
     Raises:
         ValueError: no entry has a loss.
     """
-    entries = [entry for entry in log_history if "loss" in entry]
-    if not entries:
-        raise ValueError("log_history has no entry with a loss: train with logging_steps no larger than max_steps.")
-    curves = {"loss": INK, "contrastive_loss": BLUE, "view_loss": ORANGE}
-    panels = [[name for name in curves if name in entries[0]]] + [["temperature"]] * ("temperature" in entries[0])
+    return _plot_curves(log_history, {"loss": INK, "contrastive_loss": BLUE, "view_loss": ORANGE})
 
-    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[1.5, 1][: len(panels)])[0]
-    for ax, names in zip(axes, panels, strict=True):
-        for name in names:
-            drawn = [entry for entry in entries if name in entry]
-            steps, values = [entry["step"] for entry in drawn], [entry[name] for entry in drawn]
-            ax.plot(steps, values, color=curves.get(name, BLUE), linewidth=1.6, label=name.replace("_", " "))
-        ax.set_title(names[0].capitalize())
-        ax.set_xlabel("step")
-        ax.set_ylim(bottom=0)
-        ax.grid(axis="y")
-    if len(panels[0]) > 1:
-        axes[0].legend()
+
+def plot_temperature(log_history: Sequence[dict[str, Any]]) -> Figure:
+    """The temperature of the contrastive loss over steps.
+
+    Args:
+        log_history: a Trainer's; its entries with ``"temperature"`` are drawn.
+
+    Returns:
+        One panel.
+
+    Raises:
+        ValueError: no entry has a temperature.
+    """
+    return _plot_curves(log_history, {"temperature": BLUE})
+
+
+@rc_context(STYLE)
+def _plot_curves(log_history: Sequence[dict[str, Any]], colors: dict[str, str]) -> Figure:
+    main = next(iter(colors))
+    entries = [entry for entry in log_history if main in entry]
+    if not entries:
+        raise ValueError(f"log_history has no entry with a {main}: train with logging_steps no larger than max_steps.")
+    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+    ax = figure.subplots()
+    for name, color in colors.items():
+        drawn = [entry for entry in entries if name in entry]
+        steps, values = [entry["step"] for entry in drawn], [entry[name] for entry in drawn]
+        if drawn:
+            ax.plot(steps, values, color=color, linewidth=1.6, label=name.replace("_", " "))
+    ax.set(title=main.capitalize(), xlabel="step", ylim=(0, None))
+    ax.grid(axis="y")
+    if len(ax.lines) > 1:
+        ax.legend()
     return figure
 
 
@@ -84,7 +99,7 @@ def plot_retrieval(
         hits: n lists of k, whether the picture is a right one.
 
     Returns:
-        n rows of k pictures, the caption in front of each row.
+        n rows of k pictures, the caption above each row.
 
     Raises:
         ValueError: there are no queries, or lengths differ.
@@ -93,21 +108,19 @@ def plot_retrieval(
         raise ValueError(
             f"give as many results and hits as queries, at least one, not {len(results)}, {len(hits)}, {len(queries)}."
         )
-    columns, label = len(results[0]), 1.9
-    side = (WIDTH - label) / columns
-    figure = Figure(figsize=(WIDTH, side * len(queries) + 0.25))
+    columns, title, gap = len(results[0]), 0.24, 0.05
+    side = (WIDTH - gap * (columns - 1)) / columns
+    figure = Figure(figsize=(WIDTH, (side + title) * len(queries) + 0.02))
     height = figure.get_figheight()
-    figure.subplots_adjust(label / WIDTH, 0, 1, 1 - 0.25 / height, wspace=0.1, hspace=0.1)
-    rows = figure.subplots(len(queries), columns, squeeze=False)
-    for axes, query, pictures, right in zip(rows, queries, results, hits, strict=True):
-        axes[0].set_ylabel(
-            fill(query, 22), rotation=0, ha="right", va="center", labelpad=8, fontsize=9.5, parse_math=False
-        )
-        for ax, picture, hit in zip(axes, pictures, right, strict=True):
+    for row, (query, pictures, right) in enumerate(zip(queries, results, hits, strict=True)):
+        bottom = height - (row + 1) * (side + title)
+        for column, (picture, hit) in enumerate(zip(pictures, right, strict=True)):
+            left = column * (side + gap)
+            ax = figure.add_axes((left / WIDTH, bottom / height, side / WIDTH, side / height))
             _show(ax, picture)
             _frame(ax, GREEN if hit else PALE, 2.6 if hit else 0.8)
-    for rank, ax in enumerate(rows[0], start=1):
-        ax.set_title(str(rank), loc="center", fontsize=8.5, color=GREY, pad=4)
+        baseline = (bottom + side + 0.07) / height
+        figure.text(0, baseline, _shorten(query, 60), fontsize=9, parse_math=False)
     return figure
 
 
@@ -141,16 +154,13 @@ def plot_captions(
     for index, right in enumerate(truths):
         if isinstance(right, str):
             raise TypeError(f"the truths of image {index} are one string: pass a list of strings.")
-    lines = -(-len(images) // 2)
-    figure = Figure(figsize=(WIDTH, 1.12 * lines))
-    figure.subplots_adjust(0, 0.01, 1, 0.99, wspace=0.06, hspace=0.16)
-    grid = figure.add_gridspec(lines, 4, width_ratios=[1, 2.75, 1, 2.75])
-    for index, picture in enumerate(images):
-        line, column = divmod(index, 2)
-        ax = figure.add_subplot(grid[line, 2 * column])
-        _show(ax, picture)
-        _frame(ax, PALE, 0.8)
-        _list_captions(figure.add_subplot(grid[line, 2 * column + 1]), captions[index], truths[index], scores[index])
+    figure = Figure(figsize=(WIDTH, 0.98 * len(images)))
+    figure.subplots_adjust(0.002, 0.01, 0.998, 0.99, wspace=0.06, hspace=0.14)
+    rows = figure.subplots(len(images), 2, squeeze=False, width_ratios=[1, 3])
+    for (left, right), picture, found, truth, bars in zip(rows, images, captions, truths, scores, strict=True):
+        _show(left, picture)
+        _frame(left, PALE, 0.8)
+        _list_captions(right, found, truth, bars)
     return figure
 
 
@@ -192,12 +202,12 @@ def plot_style_shift(rows: Sequence[dict[str, Any]]) -> Figure:
     """
     if not rows:
         raise ValueError("rows is empty: give one dict for each style.")
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
     ax = figure.subplots()
     places, width = np.arange(len(rows)), 0.34
     for offset, key, label, color in ((-0.5, "r1", "R@1", LIGHT_BLUE), (0.5, "r10", "R@10", BLUE)):
         bars = ax.bar(places + offset * width, [row[key] for row in rows], width * 0.94, color=color, label=label)
-        ax.bar_label(bars, fmt="%.1f", padding=3, fontsize=8.5)
+        ax.bar_label(bars, fmt="%.0f", padding=2, fontsize=7.5)
     for key, label, color, style in (
         ("chance_r10", "chance, R@10", GREY, "--"),
         ("pixels_r10", "nearest pixels, R@10", ORANGE, "-"),
@@ -206,13 +216,13 @@ def plot_style_shift(rows: Sequence[dict[str, Any]]) -> Figure:
         if marks:
             at, values = np.array(marks).T
             ax.hlines(values, at, at + width, colors=color, linestyles=style, linewidth=2, label=label)
-    ax.set_xticks(places, [fill(row["name"], 20) for row in rows], color=INK, parse_math=False)
+    ax.set_xticks(places, [fill(row["name"], 13) for row in rows], color=INK, fontsize=7.5, parse_math=False)
     ax.set_ylabel("found, % of pictures")
     ax.tick_params(length=0)
     ax.grid(axis="y")
     ax.set_axisbelow(True)
     ax.margins(y=0.1)
-    figure.legend(loc="outside upper left", ncols=4)
+    figure.legend(loc="outside upper left", ncols=2, fontsize=8)
     return figure
 
 
@@ -232,12 +242,12 @@ def plot_attention(images: Sequence[Image.Image], maps: torch.Tensor) -> Figure:
     """
     if not images or maps.ndim != 3 or len(images) != len(maps):
         raise ValueError(f"give one map a picture as (n, rows, cols), not {tuple(maps.shape)} for {len(images)}.")
-    lines = -(-len(images) // 4)
-    figure = Figure(figsize=(WIDTH, lines * (WIDTH / 8 + 0.12)))
-    figure.subplots_adjust(0.005, 0.01, 0.995, 0.99, hspace=0.12)
-    outer = figure.add_gridspec(lines, 4, wspace=0.08)
+    lines = -(-len(images) // 2)
+    figure = Figure(figsize=(WIDTH, lines * (WIDTH / 4 + 0.06)))
+    figure.subplots_adjust(0.005, 0.005, 0.995, 0.995, hspace=0.08)
+    outer = figure.add_gridspec(lines, 2, wspace=0.08)
     for index, (image, weights) in enumerate(zip(images, maps.float().cpu().numpy(), strict=True)):
-        pair = outer[divmod(index, 4)].subgridspec(1, 2, wspace=0.04)
+        pair = outer[divmod(index, 2)].subgridspec(1, 2, wspace=0.04)
         for ax, picture in zip(pair.subplots(), (image, _overlay(image, weights)), strict=True):
             _show(ax, picture)
             _frame(ax, PALE, 0.8)

@@ -27,21 +27,24 @@ header { padding-bottom: 2.25rem; border-bottom: 1px solid var(--line); }
 header p { font-size: 1.2rem; line-height: 1.55; color: var(--grey); }
 header p:last-child { margin: 0; }
 section { padding-top: 3rem; }
-figure { margin: 1.75rem 0 0; }
-figcaption, caption { color: var(--grey); font-size: .9rem; line-height: 1.45; text-align: left; }
-figcaption { margin-top: .6rem; max-width: 42rem; }
-caption { padding-bottom: .6rem; caption-side: top; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1.75rem 2.5rem;
+  margin-top: 1.75rem; align-items: start; }
+figure { margin: 0; }
+figcaption { margin-top: .6rem; max-width: 42rem; color: var(--grey); font-size: .9rem; line-height: 1.45; }
+.table { margin-top: 1.75rem; }
+.table figcaption { margin: 0 0 .6rem; }
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 .scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
-img { display: block; width: 100%; min-width: 32rem; height: auto; }
-table { width: 100%; margin-top: 1.75rem; border-collapse: collapse; font-size: .95rem; line-height: 1.4; }
-table { font-variant-numeric: tabular-nums; }
+img { display: block; width: 100%; max-width: 30rem; height: auto; }
+table { width: 100%; border-collapse: collapse; font-size: .95rem; line-height: 1.4;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: .6rem 0 .6rem 1.25rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-th:first-child { padding-left: 0; min-width: 9rem; }
-thead th { color: var(--grey); font-size: .85rem; font-weight: 600; vertical-align: bottom; }
-thead th { border-bottom: 1.5px solid var(--ink); }
+th:first-child { padding-left: 0; min-width: 8.5rem; }
+thead th { color: var(--grey); font-size: .85rem; font-weight: 600; vertical-align: bottom;
+  border-bottom: 1.5px solid var(--ink); }
 tbody th { font-weight: 600; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; }
+td.number { white-space: nowrap; }
 small { display: block; color: var(--grey); font-size: .8rem; font-weight: 400; }
 @media (max-width: 40rem) { main { padding: 2.25rem 1.1rem 4rem; } section { padding-top: 2.25rem; } }
 """
@@ -68,7 +71,7 @@ class Table:
 
     Args:
         header: one text a column.
-        rows: as many cells each; the first line of a cell is its value, the others are small below it.
+        rows: as many cells each. In both, the first line of a cell is large and the others are small below it.
         caption: above it.
         num_text_columns: columns of text at the left; the others are numbers, set to the right.
     """
@@ -135,8 +138,9 @@ def write_report(path: str | Path, title: str, lead: str, sections: Sequence[Sec
 </html>
 """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
+    aside = path.with_suffix(".tmp")
+    aside.write_text(page, encoding="utf-8")
+    return aside.replace(path)
 
 
 def _paragraphs(text: str) -> str:
@@ -144,25 +148,31 @@ def _paragraphs(text: str) -> str:
 
 
 def _section(section: Section) -> str:
-    parts = [_paragraphs(section.text), *map(_picture, section.figures), *map(_table, section.tables)]
-    return f"<section>\n<h2>{escape(section.title)}</h2>\n" + "\n".join(filter(None, parts)) + "\n</section>\n"
+    figures = "\n".join(map(_picture, section.figures))
+    parts = [
+        f"<h2>{escape(section.title)}</h2>",
+        _paragraphs(section.text),
+        figures and f'<div class="figures">\n{figures}\n</div>',
+        *map(_table, section.tables),
+    ]
+    return "<section>\n" + "\n".join(filter(None, parts)) + "\n</section>\n"
 
 
 def _picture(picture: Picture) -> str:
     caption = f"\n<figcaption>{escape(picture.caption)}</figcaption>" if picture.caption else ""
     image = f'<img src="{_data_uri(picture.figure)}" alt="{escape(picture.alt)}">'
-    return f'<figure>\n<div class="scroll" tabindex="0">{image}</div>{caption}\n</figure>'
+    return f"<figure>\n{image}{caption}\n</figure>"
 
 
 def _data_uri(figure: Figure) -> str:
     file = io.BytesIO()
     with rc_context({"svg.hashsalt": "hf_mm"}):  # equal figures, equal bytes
-        figure.savefig(file, format="svg", dpi=200, metadata={"Date": None})
+        figure.savefig(file, format="svg", dpi=160, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _table(table: Table) -> str:
-    caption = f"<caption>{escape(table.caption)}</caption>\n" if table.caption else ""
+    caption = f"<figcaption>{escape(table.caption)}</figcaption>\n" if table.caption else ""
     header = "".join(_cell("th", text, "col", i >= table.num_text_columns) for i, text in enumerate(table.header))
     rows = "\n".join(
         "<tr>"
@@ -172,8 +182,8 @@ def _table(table: Table) -> str:
         for row in table.rows
     )
     return (
-        f'<div class="scroll" tabindex="0">\n<table>\n{caption}<thead>\n<tr>{header}</tr>\n</thead>\n'
-        f"<tbody>\n{rows}\n</tbody>\n</table>\n</div>"
+        f'<figure class="table">\n{caption}<div class="scroll" tabindex="0">\n<table>\n<thead>\n<tr>{header}</tr>\n'
+        f"</thead>\n<tbody>\n{rows}\n</tbody>\n</table>\n</div>\n</figure>"
     )
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import difflib
 import json
+import platform
 import shutil
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import torch
+import transformers
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..version import __version__
 
 RECIPE_FILE = "recipe.json"
 RESULT_FILE = "results.json"
@@ -110,6 +115,18 @@ def claim_output_dir(output_dir: str | Path, settings: dict, overwrite: bool = F
                 )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
+
+
+def describe_machine() -> dict[str, str | int]:
+    """What a run ran on, for its card."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_mm": __version__,
+    }
 
 
 def write_json(path: Path, value: dict | list) -> None:

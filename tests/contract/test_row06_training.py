@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoProcessor
 
 from .cases import FOLDER, blocks, cases_for, in_double, largest_error
 from .training import NUM_SAMPLES, samples_of, trained, trainer_for, with_loss
@@ -75,7 +76,7 @@ def test_checkpointing_recomputes_every_block_and_changes_no_gradient(case):
         if checkpointing:
             model.activation_checkpointing_enable()
         for block in blocks(model):
-            block.mlp.register_forward_hook(lambda module, args, output: calls.append(module))
+            block.mlp.register_forward_pre_hook(lambda module, args: calls.append(module))
         outputs = case.read(model(**batch), batch)
         sum(value.square().sum() for value in outputs.values()).backward()
         return len(calls), {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -90,7 +91,7 @@ def test_checkpointing_recomputes_every_block_and_changes_no_gradient(case):
 
 @WITH_LOSS
 def test_checkpointing_in_trainer_ends_with_equal_weights(case, tmp_path):
-    assert_same_training(trained(case, tmp_path), trained(case, tmp_path, gradient_checkpointing=True))
+    assert_same_training(trained(case, tmp_path), trained(case, tmp_path, activation_checkpointing=True))
 
 
 @WITH_LOSS
@@ -119,3 +120,21 @@ def test_no_input_is_dropped_and_other_columns_are(case, tmp_path):
     )
     trainer.train()
     assert received == [set(batch)]
+
+
+@WITH_LOSS
+def test_a_checkpoint_opens_alone(case, tmp_path):
+    """Processor included, so that the folder can prepare what it is given."""
+    trainer = trainer_for(
+        case, tmp_path, model=case.build(), samples=samples_of(case.batch(4)), save_strategy="steps", save_steps=2
+    )
+    trainer.processing_class = case.preparer
+    trainer.train()
+    folder = tmp_path / "checkpoint-2"
+    model, prepare = case.auto_class.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    raw = {name: value for name, value in case.raw(3).items() if name in case.inputs}
+    batch, original = prepare(**raw, return_tensors="pt"), case.preparer(**raw, return_tensors="pt")
+    assert set(batch) == set(original)
+    assert all(torch.equal(batch[name], original[name]) for name in original)
+    weights = trainer.model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())

@@ -9,9 +9,11 @@ from toys import TableModel, TableProcessor, small_clip
 
 from hf_mm.data.emoji import load_emoji
 from hf_mm.evaluation import style_shift
+from hf_mm.evaluation.embeddings import embed_images
 from hf_mm.evaluation.pixels import embed_pixels
 from hf_mm.evaluation.retrieval import evaluate_retrieval
 from hf_mm.evaluation.style_shift import evaluate_emoji
+from hf_mm.evaluation.zero_shot import build_classifier, classification_metrics, evaluate_zero_shot
 
 RETRIEVAL = ("i2t_r1", "i2t_r5", "i2t_r10", "mrr", "t2i_r1", "t2i_r10")
 
@@ -107,7 +109,8 @@ def test_a_constant_model_is_never_above_chance(few_emoji):
     results = evaluate_emoji(model, processor, progress=False)
     for name in style_shift.CELLS:
         assert results[name]["i2t_r1"] == 0 and results[name]["i2t_r10"] <= results[name]["chance_r10"]
-    assert all(row["accuracy"] == 0 for row in results["subgroup"].values())
+    for table in (results["subgroup"], results["group"]):
+        assert all(row["accuracy"] == row["name_accuracy"] == 0 for row in table.values())
 
 
 def test_a_real_clip_agrees_with_retrieval_on_any_data(few_emoji):
@@ -131,18 +134,44 @@ def test_a_real_clip_agrees_with_retrieval_on_any_data(few_emoji):
         }
 
 
+def test_classes_agree_with_zero_shot_on_any_data(few_emoji):
+    model, processor = small_clip()
+    results = evaluate_emoji(model, processor, batch_size=64, progress=False)
+    train, both = (
+        few_emoji.filter(lambda split, wanted=wanted: split == wanted, input_columns="split")
+        for wanted in ("train", "both")
+    )
+    for column in ("subgroup", "group"):
+        names = sorted(set(few_emoji[column]))
+        labels = [names.index(name) for name in both[column]]
+        texts = [sorted({row["caption"] for row in train if row[column] == name}) for name in names]
+        spoken = [name.replace("-", " ") for name in names]
+        by_name = evaluate_zero_shot(model, processor, both["image"], labels, spoken, ["{}"], progress=False)
+        classifier = build_classifier(model, processor, texts, progress=False)
+        images = embed_images(model, processor, both["image"], progress=False)
+        by_prototype = classification_metrics(images @ classifier.T, torch.tensor(labels))
+        row = results[column]["both"]
+        assert row["name_accuracy"] == by_name["top1"]
+        assert row["name_balanced_accuracy"] == by_name["balanced_accuracy"]
+        assert [row["accuracy"], row["balanced_accuracy"]] == [by_prototype["top1"], by_prototype["balanced_accuracy"]]
+        assert row["majority"] == by_name["majority"] and row["classes"] == len(names)
+
+
 def test_the_pixel_baselines_agree_with_a_plain_search(few_emoji):
     results = evaluate_emoji(*small_clip(), batch_size=64, progress=False)
     train = few_emoji.select(np.flatnonzero(np.array(few_emoji["split"]) == "train"))
     style = few_emoji.select(np.flatnonzero(np.array(few_emoji["split"]) == "style"))
-    train_pixels = embed_pixels(train["image"]).numpy()
+    train_pixels, style_pixels = (embed_pixels(rows["image"]).numpy() for rows in (train, style))
     first, subgroup = [], []
-    for pixels, caption, own in zip(
-        embed_pixels(style["image"]).numpy(), style["caption"], style["subgroup"], strict=True
-    ):
+    for pixels, caption, own in zip(style_pixels, style["caption"], style["subgroup"], strict=True):
         best = int(np.argmax(train_pixels @ pixels))
         first.append(train["caption"][best] == caption)
         subgroup.append(train["subgroup"][best] == own)
+    found = []
+    for caption in style["caption"]:
+        of_caption = train_pixels[np.array(train["caption"]) == caption]
+        found.append(style["caption"][int(np.argmax((of_caption @ style_pixels.T).max(axis=0)))] == caption)
     assert results["style"]["pixels_r1"] == pytest.approx(100 * np.mean(first))
+    assert results["style"]["pixels_t2i_r1"] == pytest.approx(100 * np.mean(found))
     assert results["subgroup"]["style"]["pixels_accuracy"] == pytest.approx(100 * np.mean(subgroup))
     assert results["subgroup"]["style"]["classes"] == 3

@@ -1,0 +1,161 @@
+"""Row 2: a model that is not loaded starts with the statistics of its paper."""
+
+import math
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from hf_mm.models.clip.configuration_clip import MMClipConfig
+from hf_mm.models.clip.modeling_clip import MMClipModel
+from hf_mm.models.vit.configuration_vit import MMViTConfig
+from hf_mm.models.vit.modeling_vit import MMViTForImageClassification
+
+WIDTH, MLP, LAYERS, PATCH = 128, 320, 3, 8
+TEXT_WIDTH = 96
+
+
+@dataclass(frozen=True)
+class Law:
+    """A distribution around zero by its standard deviation, fourth moment / variance^2, and bound / deviation."""
+
+    std: float
+    kurtosis: float
+    bound: float
+
+    def check(self, values: torch.Tensor):
+        """Within six standard errors."""
+        values, number = values.double().flatten(), values.numel()
+        spread = values.square().mean().sqrt().item()
+        assert spread == pytest.approx(self.std, rel=6 * math.sqrt((self.kurtosis - 1) / (4 * number)))
+        assert abs(values.mean()) <= 6 * self.std / math.sqrt(number)
+        assert values.abs().max() <= self.bound * self.std * (1 + 1e-5)
+        if number > 4000:
+            assert (values**4).mean() / spread**4 == pytest.approx(self.kurtosis, abs=6 * math.sqrt(24 / number))
+
+
+def normal(std: float) -> Law:
+    return Law(std, kurtosis=3.0, bound=7.0)
+
+
+def uniform(bound: float) -> Law:
+    return Law(bound / math.sqrt(3), kurtosis=1.8, bound=math.sqrt(3))
+
+
+def truncated(std: float) -> Law:
+    """Normal cut at two deviations and widened until `std` is right again."""
+    density = math.exp(-2) / math.sqrt(2 * math.pi)
+    inside = math.erf(math.sqrt(2))
+    variance = 1 - 4 * density / inside
+    fourth = 3 - (12 + 16) * density / inside
+    return Law(std, kurtosis=fourth / variance**2, bound=2 / math.sqrt(variance))
+
+
+def constant(value: float):
+    return value
+
+
+NORMS = {r"(norm\w*|layrnorm)\.weight": constant(1.0), r"(norm\w*|layrnorm)\.bias": constant(0.0)}
+RESIDUAL = (2 * LAYERS) ** -0.5
+VIT = {
+    r"vit\.embeddings\.patch_embeddings\.weight": truncated((3 * PATCH**2) ** -0.5),
+    r"vit\.embeddings\.(patch_embeddings\.bias|cls_token)": constant(0.0),
+    r"vit\.embeddings\.position_embeddings": normal(0.02),
+    r"self_attn\.\w+_proj\.weight": uniform((6 / (2 * WIDTH)) ** 0.5),
+    r"self_attn\.\w+_proj\.bias": constant(0.0),
+    r"mlp\.fc[12]\.weight": uniform((6 / (WIDTH + MLP)) ** 0.5),
+    r"mlp\.fc[12]\.bias": normal(1e-6),
+    r"vit\.pre_logits\.weight": truncated(WIDTH**-0.5),
+    r"vit\.pre_logits\.bias": constant(0.0),
+    r"classifier\.(weight|bias)": constant(0.0),
+    **NORMS,
+}
+CLIP = {
+    r"vision_model\.embeddings\.(class_embedding|position_embedding\.weight)": normal(WIDTH**-0.5),
+    r"vision_model\.embeddings\.patch_embedding\.weight": uniform((3 * PATCH**2) ** -0.5),
+    r"vision_model.*self_attn\.[qkv]_proj\.weight": uniform((6 / (3 * WIDTH + WIDTH)) ** 0.5),
+    r"vision_model.*self_attn\.out_proj\.weight": uniform(WIDTH**-0.5),
+    r"vision_model.*mlp\.fc1\.(weight|bias)": uniform(WIDTH**-0.5),
+    r"vision_model.*mlp\.fc2\.(weight|bias)": uniform(MLP**-0.5),
+    r"text_model\.embeddings\.token_embedding\.weight": normal(0.02),
+    r"text_model\.embeddings\.position_embedding\.weight": normal(0.01),
+    r"text_model.*self_attn\.[qkv]_proj\.weight": normal(TEXT_WIDTH**-0.5),
+    r"text_model.*self_attn\.out_proj\.weight": normal(TEXT_WIDTH**-0.5 * RESIDUAL),
+    r"text_model.*mlp\.fc1\.weight": normal((2 * TEXT_WIDTH) ** -0.5),
+    r"text_model.*mlp\.fc2\.weight": normal(TEXT_WIDTH**-0.5 * RESIDUAL),
+    r"text_model.*mlp\.fc1\.bias": uniform(TEXT_WIDTH**-0.5),
+    r"text_model.*mlp\.fc2\.bias": uniform(MLP**-0.5),
+    r"self_attn\.\w+_proj\.bias": constant(0.0),
+    r"visual_projection\.weight": normal(WIDTH**-0.5),
+    r"text_projection\.weight": normal(TEXT_WIDTH**-0.5),
+    r"^logit_scale": constant(2.659260036932778),
+    **NORMS,
+}
+
+
+def vit():
+    config = MMViTConfig(
+        hidden_size=WIDTH,
+        intermediate_size=MLP,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=PATCH,
+        pre_logits=True,
+        num_labels=10,
+    )
+    return MMViTForImageClassification(config)
+
+
+def clip():
+    tower = {"intermediate_size": MLP, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    vision = {**tower, "hidden_size": WIDTH, "image_size": 64, "patch_size": PATCH}
+    text = {**tower, "hidden_size": TEXT_WIDTH, "vocab_size": 1000, "eos_token_id": 999, "max_position_embeddings": 48}
+    return MMClipModel(MMClipConfig(vision_config=vision, text_config=text, projection_dim=64))
+
+
+@pytest.mark.parametrize(("build", "laws"), [(vit, VIT), (clip, CLIP)], ids=["mm_vit", "mm_clip"])
+def test_every_parameter_follows_the_law_of_the_paper(build, laws):
+    for name, parameter in build().named_parameters():
+        matching = [law for pattern, law in laws.items() if re.search(pattern, name)]
+        assert len(matching) == 1, f"{len(matching)} laws for {name}"
+        law = matching[0]
+        if isinstance(law, float):
+            assert parameter.unique().item() == pytest.approx(law, rel=1e-7), name
+        else:
+            try:
+                law.check(parameter.detach())
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from error
+
+
+@pytest.mark.parametrize("build", [vit, clip], ids=["mm_vit", "mm_clip"])
+def test_a_seed_gives_the_same_weights_and_another_seed_others(build):
+    models = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        models.append(build().state_dict())
+    first, again, other = models
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_factor_scales_every_law_of_clip():
+    torch.manual_seed(0)
+    plain = clip()
+    fields = plain.config.to_dict()
+    for section in (fields, fields["vision_config"], fields["text_config"]):
+        section["initializer_factor"] = 0.5
+    torch.manual_seed(0)
+    halved = MMClipModel(MMClipConfig(**fields))
+    for name in (
+        "text_model.embeddings.token_embedding.weight",
+        "text_model.encoder.layers.0.self_attn.out_proj.weight",
+        "text_model.encoder.layers.0.mlp.fc2.weight",
+        "vision_model.embeddings.class_embedding",
+        "vision_model.encoder.layers.0.self_attn.q_proj.weight",
+        "visual_projection.weight",
+    ):
+        torch.testing.assert_close(halved.get_parameter(name), plain.get_parameter(name) / 2)
+    assert torch.equal(halved.logit_scale, plain.logit_scale)
