@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from datasets.distributed import split_dataset_by_node
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import ProgressCallback
 
 import hf_mm  # noqa: F401  registers the models
 from hf_mm.data.augment import AugmentArguments, ImageAugmentation
@@ -197,7 +197,7 @@ def train(argv: list[str] | None = None) -> Path:
         data_collator=ContrastiveCollator(processor, ImageAugmentation(augment_args)),
         processing_class=processor,
     )
-    if trainer.pop_callback(ProgressCallback) or trainer.pop_callback(PrinterCallback):
+    if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(LiveProgress())
     started = time.perf_counter()
     outcome = trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))

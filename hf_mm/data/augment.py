@@ -25,6 +25,10 @@ class AugmentArguments:
     flip: bool = field(default=False, metadata={"help": "Mirror half of the pictures whose row allows it."})
     fill: float = field(default=1.0, metadata={"help": "Grey level in [0, 1] of what moves into the frame."})
 
+    def __post_init__(self):
+        if not 0 <= self.zoom < 1:
+            raise ValueError(f"zoom must lie in [0, 1), not {self.zoom}.")
+
 
 class ImageAugmentation:
     """Zoom, shift, mirror, sharpness, brightness, contrast and saturation, as one resampling and a few products.

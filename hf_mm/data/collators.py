@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import IterableDataset as HFIterableDataset
+from transformers.utils import logging
 
 from .augment import NUM_DRAWS, ImageAugmentation
-from .image_text import BrokenRow, Columns, ImageText, ImageTextRows, any_caption, stable_id
+from .image_text import BrokenRow, Columns, ImageText, ImageTextRows, any_caption, find_id_column, stable_id
 from .sampling import Draw
+
+logger = logging.get_logger(__name__)
 
 TextOf = Callable[[ImageText, Random], str]
 
@@ -86,7 +89,7 @@ class ImageTextDraws(torch.utils.data.Dataset):
                 skipped.append((error.row, error.reason))
                 continue
             return {**self.samples.sample(row, draw, pixels), "skipped": skipped}
-        raise ValueError(f"none of the {len(self)} rows can be read; the first: {skipped[0][0]}: {skipped[0][1]}.")
+        raise ValueError(f"None of the {len(self)} rows can be read{_first(skipped)}.")
 
     def _read(self, index: int) -> tuple[ImageText, torch.Tensor]:
         if self.cache is not None and index in self.cache:
@@ -126,29 +129,36 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         strict: bool = False,
         shuffle_buffer: int = 10_000,
     ):
-        self.stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer)
-        self.columns, self.strict = columns, strict
+        self.stream, self.columns, self.strict, self.shuffle_buffer = stream, columns, strict, shuffle_buffer
         self.samples = _Samples(image_processor, text_of, seed)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch, skipped = 0, []
         while True:
-            self.stream.set_epoch(epoch)
             found = False
-            for number, fields in enumerate(self.stream):
+            for number, fields in enumerate(self._shuffled(epoch)):
                 try:
-                    row = self.columns.read(fields, number)
+                    row = self.columns.read(fields, f"with {fields.get(self.columns.caption)!r:.80}")
                 except BrokenRow as error:
                     if self.strict:
                         raise
                     skipped.append((error.row, error.reason))
                     continue
                 found = True
-                yield {**self.samples.sample(row, Draw(epoch, number), self.samples.pixels(row)), "skipped": skipped}
+                # The group sets ranks and workers apart, which all count from 0.
+                draw = Draw(epoch, stable_id(row.group), number)
+                yield {**self.samples.sample(row, draw, self.samples.pixels(row)), "skipped": skipped}
                 skipped = []
+            if not found and not skipped and torch.utils.data.get_worker_info():
+                return  # more workers than shards
             if not found:
-                raise ValueError("no row of the stream can be read.")
+                raise ValueError(f"No row of the stream can be read{_first(skipped)}.")
             epoch += 1
+
+    def _shuffled(self, epoch: int) -> HFIterableDataset:
+        """The stream in the order of one pass. (`set_epoch` would write to memory that workers share.)"""
+        seed = stable_id(f"{self.samples.seed}/{epoch}")
+        return self.stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
 
 
 class ContrastiveCollator:
@@ -182,6 +192,8 @@ class ContrastiveCollator:
         draws = torch.tensor([sample["draws"] for sample in samples])
         may_flip = torch.tensor([sample["may_flip"] for sample in samples])
         images = self.augmentation(pixels, draws, may_flip)
+        if not processor.do_normalize:
+            return images
         mean, std = (
             images.new_tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std)
         )
@@ -191,12 +203,15 @@ class ContrastiveCollator:
 class ImageTextCollator:
     """For a `datasets.Dataset` of pictures and captions and the stock Trainer (``remove_unused_columns=False``).
 
+    A column of pictures that is cast to ``Image(decode=False)`` leaves the decoding to the collator, which then can
+    tell which row is broken.
+
     Args:
         processor: of the model.
         image_column: column of the pictures.
         caption_column: column of the captions; of a list, the first that is not empty is taken.
-        strict: raise at a missing or broken picture or caption; else its row is left out of the batch and `skipped`
-            counts it.
+        strict: raise at a missing or broken picture or caption; else its row is left out of the batch, logged, and
+            added to `skipped` (of this process, where a DataLoader has workers).
 
     Raises:
         ValueError: a column is missing, a row is broken (`strict`), or no row of a batch is left.
@@ -204,28 +219,36 @@ class ImageTextCollator:
 
     def __init__(self, processor: Any, image_column: str = "image", caption_column: str = "text", strict: bool = True):
         self.processor, self.strict = processor, strict
-        self.columns = Columns(image_column, caption_column)
-        self.skipped: dict[str, str] = {}
+        self.image_column, self.caption_column = image_column, caption_column
+        self.skipped: list[tuple[str, str]] = []
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        for argument, name in (("image_column", self.columns.image), ("caption_column", self.columns.caption)):
-            if name not in rows[0]:
-                raise ValueError(
-                    f"rows have no column {name!r}, only {', '.join(rows[0]) or 'none'}: set {argument}, and "
-                    "remove_unused_columns=False in TrainingArguments, without which Trainer drops raw columns."
-                )
-        good = []
+        columns = self._columns(rows[0])
+        good, skipped = [], []
         for number, row in enumerate(rows):
             try:
-                good.append(self.columns.read(row, number))
+                good.append(columns.read(row, f"{number} of this batch ({row.get(columns.caption)!r:.80})"))
             except BrokenRow as error:
                 if self.strict:
                     raise
-                self.skipped[error.row] = error.reason
+                logger.warning(f"Left out {error}")
+                skipped.append((error.row, error.reason))
+        self.skipped += skipped
         if not good:
-            raise ValueError(f"no row of this batch can be read; {next(iter(self.skipped.items()))}.")
-        return dict(
-            self.processor(
-                images=[row.image for row in good], text=[row.captions[0] for row in good], return_tensors="pt"
-            )
-        )
+            raise ValueError(f"None of the {len(rows)} rows of this batch can be read{_first(skipped)}.")
+        images, texts = [row.image for row in good], [row.captions[0] for row in good]
+        return dict(self.processor(images=images, text=texts, return_tensors="pt"))
+
+    def _columns(self, row: dict[str, Any]) -> Columns:
+        for argument in ("image_column", "caption_column"):
+            name = getattr(self, argument)
+            if name not in row:
+                raise ValueError(
+                    f"The rows have no column {name!r}, only {', '.join(row) or 'none'}: set {argument}, and "
+                    "remove_unused_columns=False in TrainingArguments, without which Trainer drops raw columns."
+                )
+        return Columns(self.image_column, self.caption_column, row_id=find_id_column(row))
+
+
+def _first(skipped: list[tuple[str, str]]) -> str:
+    return f"; the first: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""

@@ -12,6 +12,7 @@ import ast
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from glob import escape, glob
 from pathlib import Path
@@ -75,7 +76,8 @@ class DataArguments:
         default=False, metadata={"help": "Stop at a broken picture or an empty caption instead of skipping the row."}
     )
     cache_images: bool = field(
-        default=False, metadata={"help": "Keep every picture at the model's size in memory (n x n x 3 bytes each)."}
+        default=False,
+        metadata={"help": "Keep every picture at the model's size in memory (n x n x 3 bytes each, per worker)."},
     )
 
 
@@ -122,12 +124,16 @@ class Columns:
             image=_find_column(names, args.image_column, IMAGE_COLUMNS, "image_column"),
             caption=_find_column(names, args.caption_column, CAPTION_COLUMNS, "caption_column"),
             group=_find_column(names, args.group_column, (), "group_column") if args.group_column else None,
-            row_id=next((name for name in ID_COLUMNS if name in names), None),
+            row_id=find_id_column(names),
             folder=folder,
         )
 
-    def read(self, row: dict[str, Any], number: int) -> ImageText:
+    def read(self, row: dict[str, Any], number: int | str) -> ImageText:
         """Opens the picture of a row.
+
+        Args:
+            row: the columns.
+            number: what names the row after the word "row", if it has no id and no file.
 
         Raises:
             BrokenRow: the picture is missing or unreadable, or all captions are missing or blank.
@@ -150,7 +156,7 @@ class Columns:
         values = value if isinstance(value, (list, tuple)) else [value]
         return [str(text) for text in values if not _is_missing(text) and str(text).strip()]
 
-    def image_id(self, row: dict[str, Any], number: int) -> str:
+    def image_id(self, row: dict[str, Any], number: int | str) -> str:
         """The row's own id, else the picture's file, else its number from 0: what a message calls it."""
         if self.row_id and not _is_missing(row.get(self.row_id)):
             return str(row[self.row_id])
@@ -158,7 +164,7 @@ class Columns:
         inner = picture.get("path") if isinstance(picture, dict) else None
         return _file_of(picture) or (f"row {number} ({inner})" if inner else f"row {number}")
 
-    def group_of(self, row: dict[str, Any], number: int) -> str:
+    def group_of(self, row: dict[str, Any], number: int | str) -> str:
         """What the picture shows; without a group column, the picture itself: its file, or a hash of its bytes."""
         if self.group and not _is_missing(row.get(self.group)):
             return str(row[self.group])
@@ -199,8 +205,10 @@ class ImageTextRows(Sequence):
 
     def groups(self) -> list[str]:
         """The group of every row, without decoding a picture."""
-        if self.columns.group and None not in (groups := self.dataset[self.columns.group][:]):
-            return [str(group) for group in groups]
+        if self.columns.group:
+            groups = self.dataset[self.columns.group][:]
+            if not any(map(_is_missing, groups)):
+                return list(map(str, groups))
         needed = [name for name in (self.columns.group, self.columns.image) if name]
         light = self.dataset.select_columns(needed)
         return [self.columns.group_of(row, number) for number, row in zip(self.numbers, light, strict=True)]
@@ -237,10 +245,7 @@ def open_rows(args: DataArguments, split: str | None = None) -> ImageTextRows:
     Raises:
         ValueError: the source does not exist or has no rows, no such split, or no such columns.
     """
-    dataset, columns = _open(args, split or args.split, streaming=False)
-    if not len(dataset):
-        raise ValueError(f"{args.source} has no rows.")
-    return ImageTextRows(dataset, columns)
+    return ImageTextRows(*_open(args, split or args.split, streaming=False))
 
 
 def open_stream(args: DataArguments) -> tuple[IterableDataset, Columns]:
@@ -276,6 +281,11 @@ def emoji_corpus(rows: ImageTextRows) -> Iterator[str]:
     """Every text that `emoji_text` can draw from."""
     for row in rows.dataset.select_columns(["caption", "tags", "subgroup"]):
         yield ", ".join([row["caption"], *row["tags"], row["subgroup"].replace("-", " ")])
+
+
+def find_id_column(names: Iterable[str]) -> str | None:
+    """The column that identifies a row, if one has a usual name."""
+    return next((name for name in ID_COLUMNS if name in names), None)
 
 
 def _find_column(names: Sequence[str], wanted: str | None, usual: Iterable[str], argument: str) -> str:
@@ -338,7 +348,7 @@ def _load(args: DataArguments, split: str, streaming: bool) -> tuple[Any, Path |
     path = Path(args.source).expanduser()
     if path.is_dir():
         return _load_folder(path, split, streaming)
-    if files := _matching_files(str(path)):
+    if files := _matching_files(args.source if "://" in args.source else str(path)):
         if split != "train":
             raise ValueError(f"{args.source} has no split {split!r}: files have splits only in a folder.")
         return _load_files(args.source, files, streaming)
@@ -347,20 +357,20 @@ def _load(args: DataArguments, split: str, streaming: bool) -> tuple[Any, Path |
     return _load_repository(args.source, split, streaming, args.config_name)
 
 
-def _matching_files(pattern: str) -> list[Path]:
-    """The file of this name, or those that a pattern with ``*``, ``?``, ``[]`` or ``{000..123}`` stands for."""
-    if Path(pattern).is_file():
-        return [Path(pattern)]
+def _matching_files(pattern: str) -> list[str]:
+    """The file of this name or address, or those that a pattern of ``*``, ``?``, ``[]`` or ``{000..123}`` names."""
     if numbers := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         first, last = numbers.groups()
         counted = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
-        return [Path(pattern.replace(numbers[0], number)) for number in counted]
-    return sorted(Path(file) for file in glob(pattern))
+        return [pattern.replace(numbers[0], number) for number in counted]
+    return [pattern] if "://" in pattern or Path(pattern).is_file() else sorted(glob(pattern))
 
 
 def _load_folder(path: Path, split: str, streaming: bool) -> tuple[Any, Path | None]:
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        dataset = _one_split(load_from_disk(str(path)), split, str(path))
+        with _in_one_sentence(f"{path} cannot be loaded as a saved dataset"):
+            saved = load_from_disk(str(path))
+        dataset = _one_split(saved, split, str(path))
         return (dataset.to_iterable_dataset() if streaming else dataset), None
     if (path / split).is_dir():
         return _load_flat_folder(path / split, streaming)
@@ -391,9 +401,10 @@ def _load_flat_folder(root: Path, streaming: bool) -> tuple[Any, Path | None]:
     return _load_repository(str(root), "train", streaming)
 
 
-def _first_match(root: Path, patterns: Iterable[str]) -> list[Path]:
+def _first_match(root: Path, patterns: Iterable[str]) -> list[str]:
     """The files of the first pattern that has some."""
-    return next((files for pattern in patterns if (files := sorted(root.glob(pattern)))), [])
+    matches = (sorted(map(str, root.glob(pattern))) for pattern in patterns)
+    return next(filter(None, matches), [])
 
 
 def _captions_beside(picture: Path) -> list[str]:
@@ -402,31 +413,25 @@ def _captions_beside(picture: Path) -> list[str]:
     return [line for line in text.read_text("utf-8", "replace").splitlines() if line.strip()] if text.exists() else []
 
 
-def _load_files(source: str, files: list[Path], streaming: bool) -> tuple[Any, Path]:
-    suffix = files[0].suffix.lower()
+def _load_files(source: str, files: list[str], streaming: bool) -> tuple[Any, Path]:
+    suffix = Path(files[0]).suffix.lower()
     builder = "webdataset" if suffix == ".tar" else TABLES.get(suffix)
     if builder is None:
         raise ValueError(
             f"{source} is none of {', '.join(TABLES)} or .tar, nor a folder: it cannot be read as pictures with texts."
         )
     options = {"sep": "\t"} if suffix == ".tsv" else {}
-    data_files = {"train": [escape(str(file)) for file in files]}
-    try:
+    data_files = {"train": [file if "://" in file else escape(file) for file in files]}
+    with _in_one_sentence(f"{source} cannot be read as {builder}"):
         dataset = load_dataset(builder, data_files=data_files, split="train", streaming=streaming, **options)
-    except Exception as error:
-        raise ValueError(f"{source} cannot be read as {builder}: {_reason(error)}") from error
-    return dataset, files[0].parent
+    return dataset, Path(files[0]).parent
 
 
 def _load_repository(source: str, split: str, streaming: bool, config_name: str | None = None) -> tuple[Any, None]:
     """A dataset of the Hub, or a folder laid out like one."""
-    try:
+    what = "a dataset that can be loaded" if Path(source).is_dir() else "a file, a folder, or a dataset of the Hub"
+    with _in_one_sentence(f"{source} is not {what}"):
         datasets = load_dataset(source, config_name, streaming=streaming)
-    except Exception as error:
-        where = (
-            "a dataset that can be loaded" if Path(source).is_dir() else "a file, a folder, or a dataset of the Hub"
-        )
-        raise ValueError(f"{source} is not {where}: {_reason(error)}") from error
     return _one_split(datasets, split, source), None
 
 
@@ -438,7 +443,12 @@ def _one_split(dataset: Any, split: str, source: str) -> Any:
     return dataset[split]
 
 
-def _reason(error: Exception) -> str:
-    """The first line of what went wrong."""
-    cause = error.__cause__ or error
-    return (str(cause).splitlines() or [type(cause).__name__])[0]
+@contextmanager
+def _in_one_sentence(what: str) -> Iterator[None]:
+    """Turns whatever `datasets` raises into `what` and the first line of the cause."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error
+        reason = next(iter(str(cause).splitlines()), type(cause).__name__)
+        raise ValueError(f"{what}: {reason}") from error

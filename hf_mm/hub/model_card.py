@@ -65,7 +65,8 @@ def build_model_card(
             evaluations of either kind by name. A dict whose ``"is_result"`` is False is left out. Empty if there was none.
         training: facts of the run to print, such as its steps and seconds.
         data: ``"source"``, ``"pictures"`` (0 where unknown) and ``"skipped"``, the rows left out with reasons.
-        settings: what the run was set to; nested settings are printed with dots, empty ones left out.
+        settings: what the run was set to, for the bundled pictures with the ``"split"``; nested settings are printed with
+            dots, empty ones left out.
         machine: hardware and versions.
         license: the weights' licence, an id of the Hub: ``"other"`` where it is not settled.
 
@@ -130,7 +131,9 @@ def _eval_results(evaluations: dict[str, dict[str, Any]], source: str) -> Iterat
     name = "Emoji by four artists" if source == EMOJI else _public_name(source)
     for evaluation, rows in evaluations.items():
         for test_set, row in rows.items():
-            for metric in (RECALLS.keys() & row.keys()) if _is_row(row) else ():
+            if not _is_row(row):
+                continue
+            for metric in (metric for metric in RECALLS if metric in row):
                 metric_type, metric_name = RECALLS[metric]
                 yield EvalResult(
                     task_type="image-text-retrieval",
@@ -170,9 +173,14 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if 0 < value < 1 else f"{value:.1f}"
 
 
 def _table_cell(value: Any) -> str:
-    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return text.replace("|", "\\|")
+    if isinstance(value, float):
+        value = f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    elif isinstance(value, int) and not isinstance(value, bool):
+        value = f"{value:,}"
+    return str(value).replace("|", "\\|")

@@ -82,8 +82,8 @@ def image_text_contrastive_loss(
         )
     num_rows = image_embeds.shape[0]
     for name, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
-        if ids is not None and ids.shape != (num_rows,):
-            raise ValueError(f"{name} must have shape ({num_rows},), one id per pair, not {tuple(ids.shape)}.")
+        if ids is not None:
+            _check_ids(name, ids, num_rows)
 
     gather = gather and is_distributed()
     all_images = gather_rows(image_embeds) if gather else image_embeds
@@ -113,7 +113,11 @@ def supervised_contrastive_loss(
 
     Returns:
         The mean over this rank's rows; a row without a positive counts as 0.
+
+    Raises:
+        ValueError: not one id per row, or ranks hold different numbers of rows.
     """
+    _check_ids("ids", ids, embeds.shape[0])
     gather = gather and is_distributed()
     itself = _own_columns(embeds, gather)[:, None]
     logits = embeds @ (gather_rows(embeds) if gather else embeds).T / temperature
@@ -121,6 +125,11 @@ def supervised_contrastive_loss(
     positive = _same_ids(ids, gather).scatter(1, itself, False)
     per_row = log_probs.masked_fill(~positive, 0.0).sum(dim=1) / positive.sum(dim=1).clamp(min=1)
     return -per_row.mean()
+
+
+def _check_ids(name: str, ids: torch.Tensor, num_rows: int) -> None:
+    if ids.shape != (num_rows,):
+        raise ValueError(f"{name} must have shape ({num_rows},), one id per row, not {tuple(ids.shape)}.")
 
 
 def _own_columns(rows: torch.Tensor, gather: bool) -> torch.Tensor:

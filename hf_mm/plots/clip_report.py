@@ -32,17 +32,24 @@ CELLS = {  # split: what its pictures are
     "concept": "new emoji by known artists",
     "both": "new emoji by the new artist",
 }
+VALIDATION = {"val": "validation emoji by known artists"}
+MEMORY = {"fit": "training pictures"}
 ARTISTS = {"noto": "Noto", "twemoji": "Twemoji", "fluent": "Fluent", "openmoji": "OpenMoji, new"}
 FORMS = {"size_normalized": "drawings brought to one size", "original": "drawings as published"}
-ATTRIBUTION = (
-    "Noto Emoji, Copyright Google Inc., Apache License 2.0, https://github.com/googlefonts/noto-emoji. Twemoji graphics, "
-    "Copyright Twitter, Inc. and other contributors, CC BY 4.0, https://creativecommons.org/licenses/by/4.0/, "
-    "https://github.com/jdecked/twemoji. Fluent Emoji, Copyright (c) Microsoft Corporation, MIT, "
-    "https://github.com/microsoft/fluentui-emoji. All emojis designed by OpenMoji (https://openmoji.org/), the "
-    "open-source emoji and icon project; licence: CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/. "
-    "Changed: rasterised to 64x64 pixels on white, drawings brought to one size. Names from Unicode CLDR by way of "
-    "Emojibase, MIT."
-)
+ATTRIBUTION = """
+Noto Emoji, Copyright Google Inc., Apache License 2.0, https://github.com/googlefonts/noto-emoji.
+
+Twemoji graphics, Copyright Twitter, Inc. and other contributors, CC BY 4.0
+https://creativecommons.org/licenses/by/4.0/, https://github.com/jdecked/twemoji.
+
+Fluent Emoji, Copyright (c) Microsoft Corporation, MIT, https://github.com/microsoft/fluentui-emoji.
+
+All emojis designed by OpenMoji (https://openmoji.org/) - the open-source emoji and icon project. License: CC BY-SA 4.0
+https://creativecommons.org/licenses/by-sa/4.0/.
+
+Changed in all: rasterised to 64x64 pixels on white, drawings brought to one size. Names, tags and groups from Unicode
+CLDR by way of Emojibase, MIT, Copyright (c) 2017-2019 Miles Johnson.
+"""
 
 
 def clip_report(
@@ -129,8 +136,8 @@ def _lead(model: PreTrainedModel, log_history: list[dict], metrics: dict) -> str
     cell, style = (metrics["size_normalized"][split] for split in ("cell", "style"))
     return (
         f"A model of {model.num_parameters() / 1e6:.1f} million parameters read the names of emoji beside drawings by "
-        f"three artists, for {steps:,} steps, from random weights. Nothing on this page was trained on: every picture "
-        "shown or counted below is one that it had never seen.\n\n"
+        f"three artists, for {steps:,} steps. Every picture shown on this page, and every result, is of pictures that it "
+        "never saw in training.\n\n"
         f"It puts the right one of {cell['captions']:,} names among its first ten for {cell['i2t_r10']:.0f} % of new "
         f"drawings by the artists it knows, and for {style['i2t_r10']:.0f} % of those by an artist it never saw; "
         f"chance is {cell['chance_r10']:.1f} %."
@@ -200,14 +207,21 @@ def _found_captions(shown: _Shown, examples: dict[str, list[int]], count: int = 
 
 def _results(metrics: dict[str, dict]) -> Section:
     normalized, original = (metrics[form] for form in FORMS)
-    keys = ("i2t_r1", "i2t_r10", "chance_r1", "chance_r10", "pixels_r1", "pixels_r10")
-    rows = [
-        [
-            f"{_capital(description)}\n{normalized[split]['images']:,} pictures, {normalized[split]['captions']:,} names",
-            *(_both_forms(normalized[split][key], original[split][key]) for key in keys),
+
+    def rows(descriptions: dict[str, str], *keys: str) -> list[list[str]]:
+        return [
+            [
+                f"{_capital(words)}\n{normalized[split]['images']:,} pictures, {normalized[split]['captions']:,} names",
+                *(_both_forms(normalized[split][key], original[split][key]) for key in keys),
+            ]
+            for split, words in descriptions.items()
         ]
-        for split, description in CELLS.items()
-    ]
+
+    results = CELLS | VALIDATION
+    naming = ["%", "R@1", "R@5", "R@10", "chance\nR@1", "chance\nR@10", "pixels\nR@1", "pixels\nR@10"]
+    naming_keys = ("i2t_r1", "i2t_r5", "i2t_r10", "chance_r1", "chance_r10", "pixels_r1", "pixels_r10")
+    finding = ["%", "R@1", "R@10", "chance\nR@1", "chance\nR@10"]
+    finding_keys = ("t2i_r1", "t2i_r10", "chance_t2i_r1", "chance_t2i_r10")
     return Section(
         "How well it names pictures",
         "A picture counts as named within k (R@k) if its name is among the first k. Ties count against the model. Known "
@@ -226,10 +240,16 @@ def _results(metrics: dict[str, dict]) -> Section:
         ],
         [
             Table(
-                ["%", "R@1", "R@10", "chance\nR@1", "chance\nR@10", "pixels\nR@1", "pixels\nR@10"],
-                rows,
-                "Large: drawings brought to one size. Small: drawings as published.",
-            )
+                naming,
+                rows(results, *naming_keys),
+                "Naming pictures. Large: drawings brought to one size. Small: drawings as published.",
+            ),
+            Table(
+                finding,
+                rows(results, *finding_keys),
+                "The other way: finding the pictures of a name among those of its row.",
+            ),
+            Table(naming, rows(MEMORY, *naming_keys), "Memory, not a result: the pictures that it was trained on."),
         ],
     )
 
@@ -262,8 +282,8 @@ def _style_shift(metrics: dict[str, dict]) -> Section:
             Table(
                 [
                     "%",
-                    *(f"{name}\nknown" for name in ("R@1", "R@10", "chance R@10", "pixels R@10")),
-                    *(f"{name}\nnew" for name in ("R@1", "R@10", "chance R@10")),
+                    *("R@1\nknown", "R@10\nknown", "chance\nR@10\nknown", "pixels\nR@10\nknown"),
+                    *("R@1\nnew", "R@10\nnew", "chance\nR@10\nnew"),
                 ],
                 rows,
                 "Large: drawings brought to one size. Small: drawings as published.",
@@ -273,7 +293,7 @@ def _style_shift(metrics: dict[str, dict]) -> Section:
 
 
 def _kinds(metrics: dict[str, Any]) -> Section:
-    header = ["accuracy", "top 5", "balanced\naccuracy", "by name\naccuracy", "chance", "majority", "pixels"]
+    header = ["accuracy", "top\u00a05", "balanced", "by\u00a0name", "chance", "majority", "pixels"]
     keys = ("accuracy", "top5", "balanced_accuracy", "name_accuracy", "chance", "majority", "pixels_accuracy")
     return Section(
         "What kind of thing it is",
@@ -362,4 +382,6 @@ def _both_forms(value: float | None, original: float | None) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if 0 < value < 1 else f"{value:.1f}"

@@ -221,7 +221,8 @@ def plot_style_shift(rows: Sequence[dict[str, Any]]) -> Figure:
     ax.tick_params(length=0)
     ax.grid(axis="y")
     ax.set_axisbelow(True)
-    ax.margins(y=0.1)
+    ax.set_ylim(0, 105)
+    ax.set_yticks(range(0, 101, 20))
     figure.legend(loc="outside upper left", ncols=2, fontsize=8)
     return figure
 

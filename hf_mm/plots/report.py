@@ -36,10 +36,10 @@ figcaption { margin-top: .6rem; max-width: 42rem; color: var(--grey); font-size:
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 .scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
 img { display: block; width: 100%; max-width: 30rem; height: auto; }
-table { width: 100%; border-collapse: collapse; font-size: .95rem; line-height: 1.4;
+table { width: 100%; border-collapse: separate; border-spacing: 0; font-size: .95rem; line-height: 1.4;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .6rem 0 .6rem 1.25rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-th:first-child { padding-left: 0; min-width: 8.5rem; }
+th:first-child { position: sticky; left: 0; padding-left: 0; min-width: 8.5rem; background: #fff; }
 thead th { color: var(--grey); font-size: .85rem; font-weight: 600; vertical-align: bottom;
   border-bottom: 1.5px solid var(--ink); }
 tbody th { font-weight: 600; }

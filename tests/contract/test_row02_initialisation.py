@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hf_mm.models.clip.configuration_clip import MMClipConfig
 from hf_mm.models.clip.modeling_clip import MMClipModel
@@ -115,19 +116,47 @@ def clip():
     return MMClipModel(MMClipConfig(vision_config=vision, text_config=text, projection_dim=64))
 
 
-@pytest.mark.parametrize(("build", "laws"), [(vit, VIT), (clip, CLIP)], ids=["mm_vit", "mm_clip"])
+BOTH = pytest.mark.parametrize(("build", "laws"), [(vit, VIT), (clip, CLIP)], ids=["mm_vit", "mm_clip"])
+
+
+def check_law(name: str, parameter: torch.Tensor, laws: dict):
+    matching = [law for pattern, law in laws.items() if re.search(pattern, name)]
+    assert len(matching) == 1, f"{len(matching)} laws for {name}"
+    law = matching[0]
+    if isinstance(law, float):
+        assert parameter.unique().item() == pytest.approx(law, rel=1e-7), name
+        return
+    try:
+        law.check(parameter.detach())
+    except AssertionError as error:
+        raise AssertionError(f"{name}: {error}") from error
+
+
+@BOTH
 def test_every_parameter_follows_the_law_of_the_paper(build, laws):
     for name, parameter in build().named_parameters():
-        matching = [law for pattern, law in laws.items() if re.search(pattern, name)]
-        assert len(matching) == 1, f"{len(matching)} laws for {name}"
-        law = matching[0]
-        if isinstance(law, float):
-            assert parameter.unique().item() == pytest.approx(law, rel=1e-7), name
+        check_law(name, parameter, laws)
+
+
+@BOTH
+def test_what_a_file_lacks_follows_its_law_and_nothing_else_is_touched(build, laws, tmp_path):
+    """The first parameter of every law is taken out of the file."""
+    model = build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.7)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lacking = {next(name for name in weights if re.search(pattern, name)) for pattern in laws}
+    kept = {name: value for name, value in weights.items() if name not in lacking}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    opened, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == lacking
+    for name, parameter in opened.named_parameters():
+        if name in lacking:
+            check_law(name, parameter, laws)
         else:
-            try:
-                law.check(parameter.detach())
-            except AssertionError as error:
-                raise AssertionError(f"{name}: {error}") from error
+            assert (parameter == 0.7).all(), name
 
 
 @pytest.mark.parametrize("build", [vit, clip], ids=["mm_vit", "mm_clip"])

@@ -25,9 +25,8 @@ def rows_with_a_result() -> set[tuple[int, str]]:
     for row in ROWS:
         for path in FOLDER.glob(f"test_row{row:02}_*.py"):
             module = import_module(f"{__package__}.{path.stem}")
-            marks = [
-                mark for name in dir(module) if name.startswith("test_") for mark in getattr(module, name).pytestmark
-            ]
+            tests = [getattr(module, name) for name in dir(module) if name.startswith("test_")]
+            marks = [mark for test in tests for mark in getattr(test, "pytestmark", [])]
             for names, values in (mark.args for mark in marks if mark.name == "parametrize"):
                 if names == "case":
                     results |= {(row, case.name) for case in values}

@@ -5,7 +5,8 @@
     pip install resvg_py==0.5.0
     python -m hf_mm.data.emoji.build node_modules
 
-The result is the same to the byte for the same packages.
+Pictures, names and splits depend on these packages alone; with the same Pillow and pyarrow the files are the same to
+the byte.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ NUM_VAL, NUM_TEST, NUM_CELLS, SEED = 82, 165, 211, 0
 # Drawings published under two names at once: kept in training, never asked for.
 PUBLISHED_TWICE = {"grinning cat", "cat face", "black medium square", "white square button"}
 
-# A mirrored drawing would carry a wrong name.
+# Where a mirrored drawing would carry a wrong name: it shows a direction, a map, letters or figures.
 MIRROR_SUBGROUPS = {
     "alphanum",
     "arrow",
@@ -57,7 +58,12 @@ MIRROR_SUBGROUPS = {
     "writing",
     "zodiac",
 }
-MIRROR_WORDS = re.compile(r"\b(left|right|clock|o.clock|quarter|crescent|globe|sign|button)\b")
+MIRROR_WORDS = re.compile(
+    r"\b((left|right)(wards)?|raised (back of )?hand|speech balloon|chart (in|de)creasing|check|beginner"
+    r"|clock|quarter|crescent|gibbous|globe|map|sign|button"
+    r"|hundred points|ZZZ|place medal|8 ball|eighteen|calendar|e-mail|copyright|registered|trade mark)\b"
+)
+FACING_RIGHT = "27A1"
 
 # Concepts that differ in gender, age or number only belong to one family, so that no split separates them.
 FAMILIES = [
@@ -66,10 +72,11 @@ FAMILIES = [
     {"prince", "princess", "person with crown"},
     {"Santa Claus", "Mrs. Claus", "Mx Claus"},
     {"man dancing", "woman dancing"},
+    {"pregnant man", "pregnant woman", "pregnant person"},
     {"people holding hands", "women holding hands", "men holding hands", "woman and man holding hands"},
 ]
 ALWAYS_TRAIN = ("family", "kiss", "couple with heart")
-PERSON, GENDER_SIGNS = {"1F468", "1F469", "1F9D1"}, {"2640", "2642", "27A1"}
+PERSON, VARIANT_SIGNS = {"1F468", "1F469", "1F9D1"}, {"2640", "2642", FACING_RIGHT}
 MALE = re.compile(r"\b(man|men|boy|prince|Santa)\b")
 FEMALE = re.compile(r"\b(woman|women|girl|princess|Mrs)\b")
 
@@ -136,7 +143,7 @@ def family_of(key: str, caption: str) -> str:
     for members in FAMILIES:
         if caption in members:
             return sorted(members)[0]
-    parts = [part for part in key.split("-") if part not in GENDER_SIGNS]
+    parts = [part for part in key.split("-") if part not in VARIANT_SIGNS]
     return "-".join("P" if part in PERSON else part for part in parts)
 
 
@@ -186,7 +193,7 @@ def split_families(concepts: list[Concept]) -> dict[str, str]:
 
 
 def hold_out_cells(bases: list[Concept], split: dict[str, str], drawn: dict[str, set[str]]) -> dict[str, str]:
-    """For some training concepts that all training artists drew: the style that training does not see."""
+    """For some training concepts that all training artists drew, and nothing else alike: the style that training does not see."""
     rng = random.Random(SEED)
     complete = [
         concept.key
@@ -241,15 +248,24 @@ def render(svg: str) -> bytes:
     return file.getvalue()
 
 
-def mirrors_harmlessly(concept: Concept) -> bool:
-    return concept.subgroup not in MIRROR_SUBGROUPS and not MIRROR_WORDS.search(concept.caption)
+def mirrors_harmlessly(concept: Concept, bases: Container[str]) -> bool:
+    """Whether the mirrored drawing still has this name, and is not the drawing of another concept."""
+    return (
+        concept.subgroup not in MIRROR_SUBGROUPS
+        and not MIRROR_WORDS.search(concept.caption)
+        and f"{concept.base}-{FACING_RIGHT}" not in bases
+    )
 
 
 def build_rows(packages: Path) -> list[dict]:
     concepts, drawings = read_concepts(packages), read_drawings(packages)
     bases = [concept for concept in concepts if concept.skin_tone == 0]
     split = split_families(bases)
-    drawn = {concept.key: {style for style in drawings if concept.key in drawings[style]} for concept in bases}
+    uses = {style: Counter(drawings[style].values()) for style in drawings}
+    drawn = {
+        concept.key: {style for style in drawings if uses[style][drawings[style].get(concept.key)] == 1}
+        for concept in bases
+    }
     cells = hold_out_cells(bases, split, drawn)
     return [
         {
@@ -266,7 +282,7 @@ def build_rows(packages: Path) -> list[dict]:
             "gender": gender_of(concept),
             "family": concept.family,
             "split": cell_of(concept, style, split, cells),
-            "flip_ok": mirrors_harmlessly(concept),
+            "flip_ok": mirrors_harmlessly(concept, drawn),
             "license": LICENSES[style],
             "image": {"bytes": render(drawings[style][concept.key]), "path": f"{style}/{concept.key}.webp"},
         }

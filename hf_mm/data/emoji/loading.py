@@ -65,20 +65,25 @@ def load_emoji(
         Rows with the columns of `FEATURES`, in a fixed order.
 
     Raises:
-        ValueError: an unknown split or style.
+        ValueError: an unknown split or style, or a split without a picture in these styles.
     """
-    if split != "all" and split not in SPLITS:
+    if split not in ("all", *SPLITS):
         raise ValueError(f"unknown split {split!r}: choose one of all, {', '.join(SPLITS)}.")
-    styles = (styles,) if isinstance(styles, str) else tuple(styles or STYLES)
+    if styles is None:
+        styles = STYLES
+    elif not isinstance(styles, (list, tuple)):
+        styles = (styles,)
     if unknown := [style for style in styles if style not in STYLES]:
         raise ValueError(f"unknown style {unknown[0]!r}: choose from {', '.join(STYLES)}.")
 
     names = ["core", "core_openmoji"] + (["tones", "tones_openmoji"] if skin_tones else [])
     table = pa.concat_tables([pq.read_table(FOLDER / f"{name}.parquet", memory_map=True) for name in names])
-    wanted = pc.is_in(table["style"], pa.array(styles))
     if split != "all":
-        wanted = pc.and_(wanted, pc.equal(table["split"], split))
-    table = table.filter(wanted).combine_chunks()
+        table = table.filter(pc.equal(table["split"], split))
+    held = table["style"].unique().to_pylist()
+    table = table.filter(pc.is_in(table["style"], pa.array(styles, pa.string()))).combine_chunks()
+    if not table.num_rows:
+        raise ValueError(f"split {split!r} has no picture in styles {list(styles)}: choose from {', '.join(held)}.")
     if normalize_size:
         table = table.set_column(table.schema.get_field_index("image"), "image", _fit_images(table["image"]))
     table = table.cast(FEATURES.arrow_schema)

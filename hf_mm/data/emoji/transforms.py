@@ -29,6 +29,6 @@ def normalize_size(image: Image.Image, size: int = 64, long_side: int = 60) -> I
     width, height = box[2] - box[0], box[3] - box[1]
     scale = long_side / max(width, height)
     fitted = (max(1, round(width * scale)), max(1, round(height * scale)))
-    drawing = image.resize(fitted, Image.Resampling.BICUBIC, box=box)
+    drawing = image.crop(box).resize(fitted, Image.Resampling.BICUBIC)
     canvas.paste(drawing, ((size - fitted[0]) // 2, (size - fitted[1]) // 2))
     return canvas

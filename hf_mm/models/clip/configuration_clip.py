@@ -3,7 +3,7 @@
 import math
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, CLIPConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from ...nn.patches import to_pair
@@ -28,19 +28,19 @@ def from_transformers_config(config_dict: dict) -> dict:
     """Translates the config of transformers' CLIP, or of one of its towers, into the fields of ours.
 
     Old files carry ``eos_token_id: 2``, which means "the largest id of the row": the end token is the last of the
-    vocabulary. They also repeat the towers under ``text_config_dict`` and ``vision_config_dict``.
+    vocabulary. They also repeat the towers under other names, which `CLIPConfig` settles.
     """
     config_dict = dict(config_dict)
-    config_dict["model_type"] = TRANSFORMERS_TYPES.get(config_dict.get("model_type"), config_dict.get("model_type"))
-    for name, model_type in (("text_config", "clip_text_model"), ("vision_config", "clip_vision_model")):
-        repeated = config_dict.pop(f"{name}_dict", None) or {}
-        if name in config_dict:
-            tower = {"model_type": model_type, **(config_dict[name] or {}), **repeated}
-            config_dict[name] = from_transformers_config(tower)
+    if config_dict["model_type"] == "clip":
+        config_dict |= CLIPConfig.from_dict(dict(config_dict)).to_dict()
+        for name in ("text_config", "vision_config"):
+            config_dict.pop(f"{name}_dict", None)
+            config_dict[name] = from_transformers_config(config_dict[name])
+    config_dict["model_type"] = TRANSFORMERS_TYPES[config_dict["model_type"]]
     if config_dict["model_type"] == "mm_clip_text" and config_dict.get("eos_token_id") == 2:
         config_dict["eos_token_id"] = config_dict.get("vocab_size", MMClipTextConfig.vocab_size) - 1
     if config_dict["model_type"] == "mm_clip_vision":
-        config_dict.setdefault("pos_embed_interpolation", "bicubic")
+        config_dict["pos_embed_interpolation"] = "bicubic"
     return config_dict
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -20,10 +20,13 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ...losses.contrastive import image_text_contrastive_loss
 from ...nn.attention import Attention
-from ...nn.blocks import MLP, TransformerBlock, TransformerEncoder
+from ...nn.blocks import MLP, TransformerEncoder
 from ...nn.patches import patch_grid, to_pair
 from ...nn.positions import resize_position_table
+from ...nn.pretrained import MMPreTrainedModel
 from .configuration_clip import MMClipConfig, MMClipTextConfig, MMClipVisionConfig
+
+PADDED_ON_THE_LEFT = "the text tower takes padding on the right only: set tokenizer.padding_side = 'right'."
 
 
 @dataclass
@@ -52,19 +55,12 @@ class MMClipOutput(ModelOutput):
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
 
 
-class MMClipPreTrainedModel(PreTrainedModel):
+class MMClipPreTrainedModel(MMPreTrainedModel):
     config: MMClipConfig
     base_model_prefix = "clip"
     input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _no_split_modules = ["MMClipTextEmbeddings", "MMClipVisionEmbeddings", "TransformerBlock"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": TransformerBlock, "attentions": Attention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -205,17 +201,26 @@ class MMClipTextModel(MMClipPreTrainedModel):
         )
 
     def end_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """``(B,)``: where each row's first end token stands. Raises ValueError for a row that has none."""
+        """``(B,)``: where each row's first end token stands.
+
+        Raises:
+            ValueError: a row has none, or begins with it and goes on: it is padded on the left.
+        """
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be (batch, tokens), but its shape is {tuple(input_ids.shape)}.")
         is_end = input_ids == self.config.eos_token_id
-        if not torch.compiler.is_compiling() and not is_end.any(dim=1).all():
+        positions = is_end.int().argmax(dim=1)
+        if torch.compiler.is_compiling():
+            return positions
+        if not is_end.any(dim=1).all():
             row = int(is_end.any(dim=1).int().argmin())
             raise ValueError(
                 f"row {row} of input_ids has no end token (id {self.config.eos_token_id}), where the text is pooled: "
                 "tokenise with this model's own tokenizer."
             )
-        return is_end.int().argmax(dim=1)
+        if (is_end[:, 0] & ~is_end.all(dim=1)).any():
+            raise ValueError(PADDED_ON_THE_LEFT)
+        return positions
 
 
 def check_mask_shape(attention_mask: torch.Tensor | None, shape: torch.Size) -> None:
@@ -231,7 +236,7 @@ def drop_right_padding(attention_mask: torch.Tensor | None) -> torch.Tensor | No
     if attention_mask is None or torch.compiler.is_compiling():
         return attention_mask
     if not attention_mask[:, 0].all():
-        raise ValueError("the text tower takes padding on the right only: set tokenizer.padding_side = 'right'.")
+        raise ValueError(PADDED_ON_THE_LEFT)
     return None if (attention_mask[:, 1:] <= attention_mask[:, :-1]).all() else attention_mask
 
 

@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
@@ -10,10 +9,10 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...nn.attention import Attention
-from ...nn.blocks import MLP, TransformerBlock, TransformerEncoder
+from ...nn.blocks import MLP, TransformerEncoder
 from ...nn.patches import ConvStem, patch_grid, to_pair
 from ...nn.positions import resize_position_table
+from ...nn.pretrained import MMPreTrainedModel, lecun_normal_
 from .configuration_vit import MMViTConfig
 
 
@@ -61,27 +60,20 @@ class MMViTEmbeddings(nn.Module):
         return self.dropout(tokens + positions)
 
 
-class MMViTPreTrainedModel(PreTrainedModel):
+class MMViTPreTrainedModel(MMPreTrainedModel):
     config: MMViTConfig
     base_model_prefix = "vit"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _no_split_modules = ["MMViTEmbeddings", "TransformerBlock"]
     _input_embed_layer = "patch_embeddings"
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": TransformerBlock, "attentions": Attention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         """The authors' initialisation: matrices Xavier-uniform, convolutions LeCun-normal, the head zero."""
         if isinstance(module, nn.Conv2d):
-            init.lecun_normal_(module.weight)
+            lecun_normal_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
@@ -99,7 +91,7 @@ class MMViTPreTrainedModel(PreTrainedModel):
             if module.cls_token is not None:
                 init.zeros_(module.cls_token)
         elif isinstance(module, MMViTModel) and module.pre_logits is not None:
-            init.lecun_normal_(module.pre_logits.weight)
+            lecun_normal_(module.pre_logits.weight)
         elif isinstance(module, MMViTForImageClassification) and self.config.num_labels:
             init.zeros_(module.classifier.weight)
 
@@ -177,7 +169,12 @@ class MMViTForImageClassification(MMViTPreTrainedModel):
 
         Returns:
             `logits` ``(B, num_labels)``, `loss` where labels are given.
+
+        Raises:
+            ValueError: labels for a model without classes.
         """
+        if labels is not None and not self.config.num_labels:
+            raise ValueError("this model has no classes (num_labels=0), so labels have no loss: leave them out.")
         outputs = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)

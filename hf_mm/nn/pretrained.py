@@ -1,0 +1,32 @@
+"""What every model of the package is."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .attention import Attention
+from .blocks import TransformerBlock
+
+
+class MMPreTrainedModel(PreTrainedModel):
+    """A `PreTrainedModel` made of `TransformerBlock`s, whose `_init_weights` uses `transformers.initialization` alone."""
+
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": TransformerBlock, "attentions": Attention}
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
+        # For classes outside transformers the base class passes over modules without parameters of their own, such as
+        # Attention, to protect loaded weights. transformers.initialization protects them one by one.
+        super()._initialize_weights(module)
+
+
+def lecun_normal_(tensor: torch.Tensor) -> torch.Tensor:
+    """Normal of standard deviation fan_in^-1/2, cut at two deviations of the uncut one, as flax has it."""
+    uncut = tensor[0].numel() ** -0.5 / 0.87962566103423978
+    return init.trunc_normal_(tensor, std=uncut, a=-2 * uncut, b=2 * uncut)

@@ -1,0 +1,165 @@
+import io
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from PIL import Image
+
+from hf_mm.plots.figures import (
+    GREEN,
+    LIGHT_GREEN,
+    plot_attention,
+    plot_captions,
+    plot_losses,
+    plot_retrieval,
+    plot_style_shift,
+    plot_temperature,
+    token_attention,
+)
+
+LOG = [
+    {"step": 10, "loss": 4.0, "contrastive_loss": 3.0, "view_loss": 2.0, "temperature": 0.07},
+    {"step": 15, "eval_loss": 9.0},
+    {"step": 20, "loss": 3.0, "contrastive_loss": 2.5, "view_loss": 1.0, "temperature": 0.06},
+    {"step": 20, "train_runtime": 1.0, "train_loss": 3.5},
+]
+COLOURS = ["red", "green", "blue", "yellow", "black", "purple"]
+
+
+def pictures(count: int) -> list[Image.Image]:
+    return [Image.new("RGB", (8, 8), COLOURS[index]) for index in range(count)]
+
+
+def shown(ax) -> np.ndarray:
+    return np.asarray(ax.get_images()[0].get_array())
+
+
+def test_curves_are_what_was_logged():
+    lines = {line.get_label(): line.get_xydata().tolist() for line in plot_losses(LOG).axes[0].lines}
+    assert lines == {
+        "loss": [[10, 4], [20, 3]],
+        "contrastive loss": [[10, 3], [20, 2.5]],
+        "view loss": [[10, 2], [20, 1]],
+    }
+    (temperature,) = plot_temperature(LOG).axes[0].lines
+    assert temperature.get_xydata().tolist() == [[10, 0.07], [20, 0.06]]
+
+
+def test_a_plain_trainer_has_one_curve_and_no_legend():
+    ax = plot_losses([{"step": 1, "loss": 2.0}]).axes[0]
+    assert len(ax.lines) == 1 and ax.get_legend() is None
+
+
+@pytest.mark.parametrize(("plot", "word"), [(plot_losses, "a loss"), (plot_temperature, "a temperature")])
+def test_a_log_without_it_is_refused(plot, word):
+    with pytest.raises(ValueError, match=f"no entry with {word}"):
+        plot([{"step": 1, "train_runtime": 2.0}])
+
+
+def test_right_pictures_are_framed_and_nothing_else():
+    results = [pictures(3), pictures(3)[::-1]]
+    hits = [[False, True, False], [True, False, True]]
+    figure = plot_retrieval(["a $100 note", "x" * 100], results, hits)
+    assert len(figure.axes) == 6
+    for ax, picture, hit in zip(figure.axes, sum(results, []), sum(hits, []), strict=True):
+        assert np.array_equal(shown(ax), np.asarray(picture))
+        assert {to_hex(spine.get_edgecolor()) == GREEN for spine in ax.spines.values()} == {hit}
+    titles = [text.get_text() for text in figure.texts]
+    assert titles[0] == "a $100 note" and titles[1].endswith("…") and len(titles) == 2
+
+
+def test_captions_are_drawn_as_they_are_written():
+    caption = r"from $\nothing$ to 100"  # as mathematics, an error
+    for figure in (
+        plot_retrieval([caption], [pictures(1)], [[True]]),
+        plot_captions(pictures(1), [[caption]], [{caption + "?"}], [[0.5]]),
+        plot_style_shift([{"name": caption, "r1": 1.0, "r10": 2.0, "chance_r10": 0.1, "pixels_r10": None}]),
+    ):
+        file = io.BytesIO()
+        figure.savefig(file, format="svg")
+        assert file.getvalue().startswith(b"<?xml")
+
+
+def test_right_captions_are_marked_and_missed_ones_are_told():
+    figure = plot_captions(pictures(2), [["cat", "dog"], ["cat", "dog"]], [{"dog"}, ["owl"]], [[0.6, 0.3], [0.5, 0.2]])
+    hit, miss = figure.axes[1], figure.axes[3]
+    assert [bar.get_width() for bar in hit.patches] == [0.6, 0.3]
+    assert [to_hex(bar.get_facecolor()) == LIGHT_GREEN for bar in hit.patches] == [False, True]
+    assert [text.get_text() for text in hit.texts] == ["cat", "60%", "✓ dog", "30%"]
+    assert [text.get_text() for text in miss.texts] == ["cat", "50%", "dog", "20%", "is: owl"]
+    assert np.array_equal(shown(figure.axes[2]), np.asarray(pictures(2)[1]))
+
+
+def test_bars_and_marks_of_the_style_shift():
+    rows = [
+        {"name": "known", "r1": 20.0, "r10": 60.0, "chance_r10": 0.7, "pixels_r10": 50.0},
+        {"name": "new", "r1": 10.0, "r10": 30.0, "chance_r10": 6.1, "pixels_r10": None},
+    ]
+    ax = plot_style_shift(rows).axes[0]
+    assert [[bar.get_height() for bar in bars] for bars in ax.containers] == [[20, 10], [60, 30]]
+    marks = {marks.get_label(): [segment[0][1] for segment in marks.get_segments()] for marks in ax.collections}
+    assert marks == {"chance, R@10": [0.7, 6.1], "nearest pixels, R@10": [50.0]}
+    for bar, segment in zip(ax.containers[1], ax.collections[0].get_segments(), strict=True):
+        assert segment[0][0] <= bar.get_x() and bar.get_x() + bar.get_width() <= segment[1][0]
+
+
+def test_attention_is_strongest_where_the_map_is():
+    image = Image.new("RGB", (64, 48), "white")
+    maps = torch.zeros(3, 3, 4)
+    for index, (row, column) in enumerate([(0, 0), (1, 2), (2, 3)]):
+        maps[index, row, column] = 1
+    figure = plot_attention([image] * 3, maps)
+    assert len(figure.axes) == 6
+    for index, (row, column) in enumerate([(0, 0), (1, 2), (2, 3)]):
+        assert np.array_equal(shown(figure.axes[2 * index]), np.asarray(image))
+        overlay = shown(figure.axes[2 * index + 1]).astype(int)
+        tint = overlay[..., 0] - overlay[..., 2]
+        y, x = np.unravel_index(tint.argmax(), tint.shape)
+        assert (y // 16, x // 16) == (row, column)
+        assert tint[24 if row != 1 else 0, 0 if column else 63] == 0
+
+
+def test_attention_of_a_class_token_and_of_mean_pooling():
+    weights = torch.rand(2, 3, 7, 7, dtype=torch.float64).softmax(dim=-1)
+    earlier = torch.full_like(weights, 1 / 7)
+    maps = token_attention([earlier, weights], num_prefix_tokens=1, grid=(2, 3))
+    expected = weights[:, :, 0, 1:].numpy().mean(axis=1)
+    np.testing.assert_allclose(maps.reshape(2, 6), expected / expected.sum(axis=1, keepdims=True), rtol=1e-12)
+    pooled = token_attention([earlier, weights], num_prefix_tokens=0, grid=(1, 7))
+    np.testing.assert_allclose(pooled[:, 0], weights.numpy().mean(axis=(1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(pooled.sum(dim=(1, 2)), [1, 1], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("plot", "arguments", "error", "message"),
+    [
+        (plot_retrieval, ([], [], []), ValueError, "at least one"),
+        (plot_retrieval, (["a"], [pictures(1)], []), ValueError, "not 1, 0, 1"),
+        (plot_captions, ([], [], [], []), ValueError, "at least one"),
+        (plot_captions, (pictures(1), [["a"]], ["a"], [[1.0]]), TypeError, "list of strings"),
+        (plot_style_shift, ([],), ValueError, "rows is empty"),
+        (plot_attention, (pictures(1), torch.ones(2, 2)), ValueError, "one map a picture"),
+        (plot_attention, (pictures(2), torch.ones(1, 2, 2)), ValueError, "one map a picture"),
+        (token_attention, ([torch.ones(1, 1, 5, 5)], 0, (2, 2)), ValueError, "5 tokens are not 0 prefix"),
+    ],
+)
+def test_bad_input_is_refused(plot, arguments, error, message):
+    with pytest.raises(error, match=message):
+        plot(*arguments)
+
+
+def test_plotting_leaves_matplotlib_as_it_was():
+    before = dict(matplotlib.rcParams)
+    plot_losses(LOG)
+    with pytest.raises(ValueError):
+        plot_style_shift([])
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_nothing_loads_pyplot():
+    code = "import sys, hf_mm.plots.clip_report; print('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
