@@ -71,7 +71,9 @@ class MMClipPreTrainedModel(MMPreTrainedModel):
             if module.bias is not None:
                 fan_in = module.weight[0].numel()
                 init.uniform_(module.bias, -(fan_in**-0.5), fan_in**-0.5)
-        elif not isinstance(module, nn.Embedding):
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=factor * 0.02)
+        else:
             super()._init_weights(module)
 
         if isinstance(module, Attention):
@@ -81,7 +83,6 @@ class MMClipPreTrainedModel(MMPreTrainedModel):
             init.normal_(module.fc1.weight, std=factor * (2 * width) ** -0.5)
             init.normal_(module.fc2.weight, std=factor * self._residual_std())
         elif isinstance(module, MMClipTextEmbeddings):
-            init.normal_(module.token_embedding.weight, std=factor * 0.02)
             init.normal_(module.position_embedding.weight, std=factor * 0.01)
         elif isinstance(module, MMClipVisionEmbeddings):
             std = factor * self.config.hidden_size**-0.5
