@@ -1,6 +1,8 @@
 """The README's Python runs as it stands, on a tiny model in place of the demo's."""
 
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,17 @@ def test_block_runs(workplace, capsys, number):
         assert names["trainer"].state.global_step == 1
     else:
         assert "score" in capsys.readouterr().out
+
+
+def test_figures_come_from_the_results_file():
+    sys.path.insert(0, str(ROOT / "training"))
+    from summarize_runs import markdown
+
+    summary = json.loads((ROOT / "training/results/clip_emoji.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert markdown(summary) in readme
+    assert f"seeds {', '.join(map(str, summary['seeds']))}" in readme
+    assert f"{summary['steps']:,} steps" in readme
 
 
 def test_commands_exist():

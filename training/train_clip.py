@@ -124,9 +124,9 @@ class Data:
             options["shuffle_buffer"] = self.args.shuffle_buffer
             return ImageTextStream(stream, columns, image_processor, **options), None
         dataset = ImageTextDraws(self.train, image_processor, cache_images=self.args.cache_images, **options)
-        sampler = GroupBatchSampler(
-            self.train.groups(), args.per_device_train_batch_size, self.args.views_per_group, args.seed
-        )
+        views = self.args.views_per_group
+        groups = self.train.groups() if views > 1 else range(len(self.train))
+        sampler = GroupBatchSampler(groups, args.per_device_train_batch_size, views, args.seed)
         return dataset, sampler
 
 
@@ -167,8 +167,10 @@ def evaluate(model: PreTrainedModel, processor: MMClipProcessor, data: Data, ski
     if not data.held_out:
         return {}
     rows = list(data.held_out.readable(skipped, data.args.strict, desc="Reading held-out pictures"))
-    images, captions = [row.image for row in rows], [row.captions for row in rows]
-    return {"held_out": evaluate_retrieval(model, processor, images, captions)}
+    if not rows:
+        return {}
+    images, captions, groups = ([getattr(row, name) for row in rows] for name in ("image", "captions", "group"))
+    return {"held_out": evaluate_retrieval(model, processor, images, captions, ids=groups)}
 
 
 def train(argv: list[str] | None = None) -> Path:

@@ -75,7 +75,7 @@ class ImageAugmentation:
         if s.contrast:
             images = (images - 0.5) * _factor(s.contrast, contrast) + 0.5
         if s.saturation:
-            grey = torch.einsum("bchw,c->bhw", images, images.new_tensor(LUMA))[:, None]
+            grey = sum(weight * plane for weight, plane in zip(LUMA, images.split(1, dim=1), strict=True))
             images = grey + (images - grey) * _factor(s.saturation, saturation)
         return images.clamp(0.0, 1.0)
 

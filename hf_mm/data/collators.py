@@ -30,7 +30,7 @@ class _Samples:
     def pixels(self, row: ImageText) -> torch.Tensor:
         """The picture at the model's size, ``(3, n, n)`` uint8: the processor's own resize and crop."""
         outputs = self.image_processor(row.image, do_rescale=False, do_normalize=False, return_tensors="np")
-        return torch.from_numpy(outputs["pixel_values"][0].astype(np.uint8))
+        return torch.from_numpy(np.rint(outputs["pixel_values"][0]).astype(np.uint8))
 
     def sample(self, row: ImageText, draw: Draw, pixels: torch.Tensor) -> dict[str, Any]:
         rng = Random(f"{self.seed}/{draw.epoch}/{draw.index}/{draw.copy}")
@@ -114,7 +114,7 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         stream: rows with undecoded pictures, already this rank's part.
         columns: what its columns hold.
         image_processor, text_of, seed, strict: see `ImageTextDraws`.
-        shuffle_buffer: rows among which the stream is shuffled.
+        shuffle_buffer: rows among which the stream is shuffled; their undecoded pictures are in memory.
     """
 
     is_split_by_rank = True
@@ -127,7 +127,7 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         text_of: TextOf = any_caption,
         seed: int = 0,
         strict: bool = False,
-        shuffle_buffer: int = 10_000,
+        shuffle_buffer: int = 1_000,
     ):
         self.stream, self.columns, self.strict, self.shuffle_buffer = stream, columns, strict, shuffle_buffer
         self.samples = _Samples(image_processor, text_of, seed)
@@ -186,18 +186,19 @@ class ContrastiveCollator:
 
     def _pixel_values(self, samples: list[dict[str, Any]]) -> torch.Tensor:
         pixels = torch.stack([sample["pixels"] for sample in samples])
-        processor = self.processor.image_processor
-        if self.augmentation is None:
-            return processor(list(pixels), input_data_format="channels_first", return_tensors="pt")["pixel_values"]
-        draws = torch.tensor([sample["draws"] for sample in samples])
-        may_flip = torch.tensor([sample["may_flip"] for sample in samples])
-        images = self.augmentation(pixels, draws, may_flip)
-        if not processor.do_normalize:
-            return images
-        mean, std = (
-            images.new_tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std)
-        )
-        return (images - mean) / std
+        options = {}
+        if self.augmentation is not None:
+            draws = torch.tensor([sample["draws"] for sample in samples])
+            may_flip = torch.tensor([sample["may_flip"] for sample in samples])
+            pixels, options = self.augmentation(pixels, draws, may_flip), {"do_rescale": False}
+        return self.processor.image_processor(
+            list(pixels),
+            do_resize=False,
+            do_center_crop=False,
+            input_data_format="channels_first",
+            return_tensors="pt",
+            **options,
+        )["pixel_values"]
 
 
 class ImageTextCollator:
@@ -209,12 +210,13 @@ class ImageTextCollator:
     Args:
         processor: of the model.
         image_column: column of the pictures.
-        caption_column: column of the captions; of a list, the first that is not empty is taken.
-        strict: raise at a missing or broken picture or caption; else its row is left out of the batch, logged, and
+        caption_column: column of the captions; of a list, the first that is not blank is taken. A blank text is the
+            empty text: start and end token.
+        strict: raise at a missing or broken picture or a missing caption (None, NaN); else its row is left out of the batch, logged, and
             added to `skipped` (of this process, where a DataLoader has workers).
 
     Raises:
-        ValueError: a column is missing, a row is broken (`strict`), or no row of a batch is left.
+        ValueError: a batch is empty, a column is missing, a row is broken (`strict`), or no row of a batch is left.
     """
 
     def __init__(self, processor: Any, image_column: str = "image", caption_column: str = "text", strict: bool = True):
@@ -223,11 +225,14 @@ class ImageTextCollator:
         self.skipped: list[tuple[str, str]] = []
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if not rows:
+            raise ValueError("A batch needs at least one row.")
         columns = self._columns(rows[0])
         good, skipped = [], []
         for number, row in enumerate(rows):
             try:
-                good.append(columns.read(row, f"{number} of this batch ({row.get(columns.caption)!r:.80})"))
+                name = f"{number} of this batch ({row.get(columns.caption)!r:.80})"
+                good.append(columns.read(row, name, allow_blank=True))
             except BrokenRow as error:
                 if self.strict:
                     raise

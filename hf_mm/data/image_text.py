@@ -19,18 +19,20 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import fsspec
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from ..image_utils import to_rgb
+from .shards import ERROR_COLUMN, KEY_COLUMN, load_shards
 
 IMAGE_COLUMNS = (
     *("image", "jpg", "jpeg", "png", "webp", "img", "picture"),
     *("file_name", "filename", "image_path", "filepath", "file_path", "path", "file"),
 )
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "sentences", "title", "alt_text", "description")
-ID_COLUMNS = ("image_id", "__key__", "id", "key")
+ID_COLUMNS = ("image_id", KEY_COLUMN, "id", "key")
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 TABLE_PATTERNS = ("*.parquet", "*.jsonl", "*.csv", "*.tsv")
@@ -71,7 +73,10 @@ class DataArguments:
         default=1, metadata={"help": "Different pictures of one group that a batch holds together."}
     )
     streaming: bool = field(default=False, metadata={"help": "Read the source as a stream (needs max_steps)."})
-    shuffle_buffer: int = field(default=10_000, metadata={"help": "Rows among which a stream is shuffled."})
+    shuffle_buffer: int = field(
+        default=1_000,
+        metadata={"help": "Rows among which a stream is shuffled; their undecoded pictures are in memory."},
+    )
     strict: bool = field(
         default=False, metadata={"help": "Stop at a broken picture or an empty caption instead of skipping the row."}
     )
@@ -85,6 +90,8 @@ class BrokenRow(ValueError):
     """A row that cannot be trained on: `row` names it, `reason` says why."""
 
     def __init__(self, row: str, reason: str = ""):
+        if "\n" in row:  # the traceback of a DataLoader's worker; its last line is "<class>: <row>: <reason>"
+            row, _, reason = row.rstrip().rpartition("\n")[2].partition(": ")[2].partition(": ")
         super().__init__(row, reason)
         self.row, self.reason = row, reason
 
@@ -128,18 +135,23 @@ class Columns:
             folder=folder,
         )
 
-    def read(self, row: dict[str, Any], number: int | str) -> ImageText:
+    def read(self, row: dict[str, Any], number: int | str, allow_blank: bool = False) -> ImageText:
         """Opens the picture of a row.
 
         Args:
             row: the columns.
             number: what names the row after the word "row", if it has no id and no file.
+            allow_blank: take a blank caption for the empty text.
 
         Raises:
             BrokenRow: the picture is missing or unreadable, or all captions are missing or blank.
         """
         name = self.image_id(row, number)
+        if row.get(ERROR_COLUMN):
+            raise BrokenRow(name, row[ERROR_COLUMN])
         captions = self.captions(row)
+        if allow_blank and not captions and isinstance(row.get(self.caption), str):
+            captions = [""]
         if not captions:
             raise BrokenRow(name, "it has no caption")
         try:
@@ -181,6 +193,9 @@ class Columns:
             return file or picture
         if file.startswith(("http://", "https://")):
             raise ValueError(f"{file} is an address, not a file: download the pictures first, with img2dataset say.")
+        if "://" in file:  # inside an archive, or in a streamed repository
+            with fsspec.open(file, "rb") as opened:
+                return opened.read()
         return self.folder / file if self.folder else file
 
 
@@ -347,11 +362,11 @@ def _load(args: DataArguments, split: str, streaming: bool) -> tuple[Any, Path |
     """The rows of a source, and the folder that its file names are relative to."""
     path = Path(args.source).expanduser()
     if path.is_dir():
-        return _load_folder(path, split, streaming)
+        return _load_folder(args, path, split, streaming)
     if files := _matching_files(args.source if "://" in args.source else str(path)):
         if split != "train":
             raise ValueError(f"{args.source} has no split {split!r}: files have splits only in a folder.")
-        return _load_files(args.source, files, streaming)
+        return _load_files(args, files, streaming)
     if args.source.startswith((".", "/", "~")) or path.suffix in (*TABLES, ".tar") or len(path.parts) > 2:
         raise ValueError(f"{args.source} does not exist.")
     return _load_repository(args.source, split, streaming, args.config_name)
@@ -366,25 +381,25 @@ def _matching_files(pattern: str) -> list[str]:
     return [pattern] if "://" in pattern or Path(pattern).is_file() else sorted(glob(pattern))
 
 
-def _load_folder(path: Path, split: str, streaming: bool) -> tuple[Any, Path | None]:
+def _load_folder(args: DataArguments, path: Path, split: str, streaming: bool) -> tuple[Any, Path | None]:
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         with _in_one_sentence(f"{path} cannot be loaded as a saved dataset"):
             saved = load_from_disk(str(path))
         dataset = _one_split(saved, split, str(path))
         return (dataset.to_iterable_dataset() if streaming else dataset), None
     if (path / split).is_dir():
-        return _load_flat_folder(path / split, streaming)
+        return _load_flat_folder(args, path / split, streaming)
     if files := _first_match(path, [f"{split}{pattern}" for pattern in ("*.tar", *TABLE_PATTERNS)]):
-        return _load_files(str(path), files, streaming)
+        return _load_files(args, files, streaming)
     if split != "train":
         return _load_repository(str(path), split, streaming)
-    return _load_flat_folder(path, streaming)
+    return _load_flat_folder(args, path, streaming)
 
 
-def _load_flat_folder(root: Path, streaming: bool) -> tuple[Any, Path | None]:
+def _load_flat_folder(args: DataArguments, root: Path, streaming: bool) -> tuple[Any, Path | None]:
     """A folder without splits: a table of the pictures, shards, pictures with texts beside them, or other tables."""
     if files := _first_match(root, [*METADATA_FILES, "*.tar"]):
-        return _load_files(str(root), files, streaming)
+        return _load_files(args, files, streaming)
     pictures = sorted(file for file in root.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
     captions = [_captions_beside(picture) for picture in pictures]
     if any(captions):
@@ -392,7 +407,7 @@ def _load_flat_folder(root: Path, streaming: bool) -> tuple[Any, Path | None]:
         dataset = Dataset.from_dict({"image": names, "captions": captions})
         return (dataset.to_iterable_dataset() if streaming else dataset), root
     if files := _first_match(root, TABLE_PATTERNS):
-        return _load_files(str(root), files, streaming)
+        return _load_files(args, files, streaming)
     if pictures:
         raise ValueError(
             f"The pictures of {root} have no captions: add a metadata.csv with the columns file_name and caption, "
@@ -413,16 +428,20 @@ def _captions_beside(picture: Path) -> list[str]:
     return [line for line in text.read_text("utf-8", "replace").splitlines() if line.strip()] if text.exists() else []
 
 
-def _load_files(source: str, files: list[str], streaming: bool) -> tuple[Any, Path]:
+def _load_files(args: DataArguments, files: list[str], streaming: bool) -> tuple[Any, Path | None]:
     suffix = Path(files[0]).suffix.lower()
-    builder = "webdataset" if suffix == ".tar" else TABLES.get(suffix)
+    if suffix == ".tar":
+        with _in_one_sentence(f"{args.source} cannot be read as webdataset"):
+            return load_shards(files, args.image_column, args.caption_column, args.group_column, streaming), None
+    builder = TABLES.get(suffix)
     if builder is None:
         raise ValueError(
-            f"{source} is none of {', '.join(TABLES)} or .tar, nor a folder: it cannot be read as pictures with texts."
+            f"{args.source} is none of {', '.join(TABLES)} or .tar, nor a folder: it cannot be read as pictures with "
+            "texts."
         )
     options = {"sep": "\t"} if suffix == ".tsv" else {}
     data_files = {"train": [file if "://" in file else escape(file) for file in files]}
-    with _in_one_sentence(f"{source} cannot be read as {builder}"):
+    with _in_one_sentence(f"{args.source} cannot be read as {builder}"):
         dataset = load_dataset(builder, data_files=data_files, split="train", streaming=streaming, **options)
     return dataset, Path(files[0]).parent
 
@@ -436,11 +455,10 @@ def _load_repository(source: str, split: str, streaming: bool, config_name: str 
 
 
 def _one_split(dataset: Any, split: str, source: str) -> Any:
-    if not isinstance(dataset, (DatasetDict, IterableDatasetDict)):
-        return dataset
-    if split not in dataset:
-        raise ValueError(f"{source} has no split {split!r}: it has {', '.join(dataset)}.")
-    return dataset[split]
+    splits = dataset if isinstance(dataset, (DatasetDict, IterableDatasetDict)) else {"train": dataset}
+    if split not in splits:
+        raise ValueError(f"{source} has no split {split!r}: it has {', '.join(splits)}.")
+    return splits[split]
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class GroupBatchSampler:
         if views < 1 or batch_size % views:
             raise ValueError(f"batch_size ({batch_size}) must be a multiple of views_per_group ({views}).")
         if views == 1:
-            self.members = [np.array([index]) for index in range(len(groups))]
+            self.members = np.arange(len(groups))[:, None]
         else:
             of_group: dict = {}
             for index, group in enumerate(groups):

@@ -53,7 +53,8 @@ def write_parquet(path: Path, rows: list[dict]) -> None:
 def write_shard(path: Path, names: list[str]) -> None:
     """A shard as img2dataset writes it."""
     with tarfile.open(path, "w") as tar:
-        for number, name in enumerate(names):
+        for name in names:
+            number = NAMES.index(name)
             about = {
                 "caption": caption(name),
                 "url": f"https://pictures.example/{name}.jpg",
@@ -240,11 +241,7 @@ def test_every_source_gives_each_picture_with_its_caption(make, tmp_path):
     assert sorted(colour_of(row.image) for row in read) == sorted(NAMES)
     assert all(row.captions == [caption(colour_of(row.image))] for row in read)
     assert all(row.image.mode == "RGB" and row.image.size == (24, 20) for row in read)
-    assert len({row.image_id for row in read}) == len(NAMES) or make in (
-        folder_of_shards,
-        pattern_of_shards,
-        numbered_shards,
-    )
+    assert len({row.image_id for row in read}) == len(NAMES)
     assert sorted(rows.texts()) == sorted(map(caption, NAMES))
     groups = rows.groups()
     assert groups == [row.group for row in read]
@@ -293,7 +290,9 @@ def test_splits_are_kept_apart(make, tmp_path):
         open_rows(args, "nowhere")
 
 
-@pytest.mark.parametrize("make", [with_metadata_csv, csv_file, folder_of_parquets], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [with_metadata_csv, csv_file, folder_of_parquets, saved_dataset], ids=lambda make: make.__name__
+)
 def test_a_source_without_splits_never_serves_its_training_rows_for_validation(make, tmp_path):
     with pytest.raises(ValueError, match="no split 'val'"):
         open_rows(DataArguments(source=str(make(tmp_path / "data"))), "val")
@@ -345,7 +344,7 @@ def test_missing_columns_are_named_with_those_there_are(tmp_path, changes, sente
     ],
 )
 def test_a_source_that_is_not_there(source):
-    with pytest.raises(ValueError, match="does not exist|cannot be read as webdataset: Unable to find"):
+    with pytest.raises(ValueError, match="does not exist|cannot be read as webdataset: .*No such file"):
         open_rows(DataArguments(source))
 
 
