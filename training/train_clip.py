@@ -24,7 +24,7 @@ from transformers.trainer_callback import ProgressCallback
 
 import hf_mm  # noqa: F401  registers the models
 from hf_mm.data.augment import AugmentArguments, ImageAugmentation
-from hf_mm.data.collators import ContrastiveCollator, ImageTextDraws, ImageTextStream
+from hf_mm.data.collators import ContrastiveCollator, ImageTextDraws, ImageTextStream, at_model_size
 from hf_mm.data.image_text import (
     DataArguments,
     ImageTextRows,
@@ -55,6 +55,7 @@ from hf_mm.trainers.recipes import (
 
 LOG_FILE = "log_history.json"
 CAPTIONS_FOR_VOCABULARY = 100_000
+MAX_HELD_OUT = 10_000
 
 
 @dataclass
@@ -127,6 +128,11 @@ class Data:
         views = self.args.views_per_group
         groups = self.train.groups() if views > 1 else range(len(self.train))
         sampler = GroupBatchSampler(groups, args.per_device_train_batch_size, views, args.seed)
+        if len(sampler) < args.world_size:
+            raise ValueError(
+                f"{args.world_size} processes need {args.world_size} batches, but the data makes {len(sampler)}: "
+                "make per_device_train_batch_size smaller."
+            )
         return dataset, sampler
 
 
@@ -166,10 +172,14 @@ def evaluate(model: PreTrainedModel, processor: MMClipProcessor, data: Data, ski
         }
     if not data.held_out:
         return {}
-    rows = list(data.held_out.readable(skipped, data.args.strict, desc="Reading held-out pictures"))
-    if not rows:
+    rows = data.held_out.readable(skipped, data.args.strict, desc="Reading held-out pictures")
+    kept = [
+        (at_model_size(row.image, processor.image_processor), row.captions, row.group)
+        for row in islice(rows, MAX_HELD_OUT)
+    ]
+    if not kept:
         return {}
-    images, captions, groups = ([getattr(row, name) for row in rows] for name in ("image", "captions", "group"))
+    images, captions, groups = zip(*kept, strict=True)
     return {"held_out": evaluate_retrieval(model, processor, images, captions, ids=groups)}
 
 

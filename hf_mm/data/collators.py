@@ -21,6 +21,12 @@ logger = logging.get_logger(__name__)
 TextOf = Callable[[ImageText, Random], str]
 
 
+def at_model_size(image: Any, image_processor: Any) -> torch.Tensor:
+    """A picture as the processor resizes and crops it, before it normalises: ``(3, n, n)`` uint8."""
+    outputs = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
+    return torch.from_numpy(np.rint(outputs["pixel_values"][0]).astype(np.uint8))
+
+
 class _Samples:
     """Turns a row into a training sample. All that is random in it comes from (seed, epoch, index, copy)."""
 
@@ -28,9 +34,7 @@ class _Samples:
         self.image_processor, self.text_of, self.seed = image_processor, text_of, seed
 
     def pixels(self, row: ImageText) -> torch.Tensor:
-        """The picture at the model's size, ``(3, n, n)`` uint8: the processor's own resize and crop."""
-        outputs = self.image_processor(row.image, do_rescale=False, do_normalize=False, return_tensors="np")
-        return torch.from_numpy(np.rint(outputs["pixel_values"][0]).astype(np.uint8))
+        return at_model_size(row.image, self.image_processor)
 
     def sample(self, row: ImageText, draw: Draw, pixels: torch.Tensor) -> dict[str, Any]:
         rng = Random(f"{self.seed}/{draw.epoch}/{draw.index}/{draw.copy}")
@@ -212,8 +216,8 @@ class ImageTextCollator:
         image_column: column of the pictures.
         caption_column: column of the captions; of a list, the first that is not blank is taken. A blank text is the
             empty text: start and end token.
-        strict: raise at a missing or broken picture or a missing caption (None, NaN); else its row is left out of the batch, logged, and
-            added to `skipped` (of this process, where a DataLoader has workers).
+        strict: raise at a missing or broken picture or a missing caption (None, NaN); else its row is left out of the
+            batch, logged, and added to `skipped` (of this process, where a DataLoader has workers).
 
     Raises:
         ValueError: a batch is empty, a column is missing, a row is broken (`strict`), or no row of a batch is left.
