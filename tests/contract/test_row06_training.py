@@ -49,6 +49,16 @@ def test_four_accumulated_batches_equal_one(case, tmp_path):
     assert_same_training(once, accumulated)
 
 
+@WITH_LOSS
+def test_accumulation_takes_the_mean_of_its_batches(case, tmp_path):
+    """Twice the same batch is as once."""
+    samples = samples_of(in_double(case.batch(NUM_SAMPLES)))
+    options = {"per_device_train_batch_size": NUM_SAMPLES, "train_sampling_strategy": "sequential", "max_steps": 1}
+    once = trained(case, tmp_path, samples=samples, **options)
+    twice = trained(case, tmp_path, samples=2 * samples, gradient_accumulation_steps=2, **options)
+    assert_same_training(once, twice)
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     root = tmp_path_factory.mktemp("two_processes")
