@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# One BLAS/OpenMP thread per worker: the workers already fill the cores.
 WORKERS ?= auto
 
 .PHONY: demo demo-smoke test lint format clean
@@ -19,6 +18,7 @@ demo: $(STAMP)
 demo-smoke: $(STAMP)
 	$(BIN)/python training/demo_clip.py training/recipes/clip_smoke.yaml --output_dir outputs/demo-smoke
 
+# One thread a worker: the workers already fill the cores.
 test: lint
 	$(BIN)/coverage erase
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n $(WORKERS) -m "not gpu and not slow"

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import torch
 from datasets.distributed import split_dataset_by_node
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModel, PreTrainedModel, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 import hf_mm  # noqa: F401  registers the models
@@ -39,8 +38,10 @@ from hf_mm.evaluation.retrieval import evaluate_retrieval
 from hf_mm.evaluation.style_shift import evaluate_emoji
 from hf_mm.hub.model_card import build_model_card
 from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
+from hf_mm.models.clip.modeling_clip import MMClipModel
 from hf_mm.models.clip.processing_clip import MMClipProcessor
 from hf_mm.models.clip.tokenization_clip import MMClipTokenizer
+from hf_mm.nn.patches import to_pair
 from hf_mm.trainers.callbacks import LiveProgress
 from hf_mm.trainers.checkpointing import latest_checkpoint
 from hf_mm.trainers.contrastive import ContrastiveTrainer, ContrastiveTrainingArguments
@@ -63,7 +64,11 @@ class ModelArguments:
     """The model: one to start from, or the shape of a new one."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A saved CLIP to go on from. Without one, a new model is made."}
+        default=None,
+        metadata={
+            "help": "A saved CLIP to go on from, of hf_mm or of transformers, with its own shape and vocabulary: the "
+            "settings of a new model are not used then. Without one, a new model is made."
+        },
     )
     vision_config: dict | str | None = field(
         default=None, metadata={"help": "Config of a new model's picture tower (in a recipe, or as JSON)."}
@@ -139,20 +144,23 @@ class Data:
 def build_processor(args: ModelArguments, data: Data) -> MMClipProcessor:
     """The processor of the model to start from, or a new one with the published or a learnt vocabulary."""
     if args.model_name_or_path:
-        return AutoProcessor.from_pretrained(args.model_name_or_path)
+        parts = (MMClipImageProcessorPil, MMClipTokenizer)
+        return MMClipProcessor(*(part.from_pretrained(args.model_name_or_path) for part in parts))
     context = args.text_config.get("max_position_embeddings", 77)
     tokenizer = (
         MMClipTokenizer.from_bpe_file(args.bpe_file, model_max_length=context)
         if args.bpe_file
         else MMClipTokenizer.train_from_iterator(data.corpus(), args.vocab_size, model_max_length=context)
     )
-    return MMClipProcessor(MMClipImageProcessorPil(size=args.vision_config.get("image_size", 224)), tokenizer)
+    height, width = to_pair(args.vision_config.get("image_size", 224))
+    size = height if height == width else {"height": height, "width": width}
+    return MMClipProcessor(MMClipImageProcessorPil(size=size, crop_size={"height": height, "width": width}), tokenizer)
 
 
 def build_model(args: ModelArguments, tokenizer: MMClipTokenizer) -> PreTrainedModel:
     """The model to start from, or a new one whose text tower fits the tokenizer."""
     if args.model_name_or_path:
-        return AutoModel.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        return MMClipModel.from_pretrained(args.model_name_or_path, dtype=torch.float32)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(
         "mm_clip",
@@ -171,6 +179,9 @@ def evaluate(model: PreTrainedModel, processor: MMClipProcessor, data: Data, ski
             "original": evaluate_emoji(model, processor, normalize_size=False),
         }
     if not data.held_out:
+        print(
+            "No pictures were held out, so nothing is evaluated: set validation_split or a larger validation_fraction."
+        )
         return {}
     rows = data.held_out.readable(skipped, data.args.strict, desc="Reading held-out pictures")
     kept = [
@@ -190,9 +201,11 @@ def train(argv: list[str] | None = None) -> Path:
     )
     output_dir = Path(args.output_dir)
     settings = decisive_settings(model_args, data_args, augment_args, args)
-    if args.process_index == 0:
-        claim_output_dir(output_dir, settings, args.overwrite)
-    if (output_dir / RESULT_FILE).exists():
+    with args.main_process_first(local=False, desc="claiming the output folder"):
+        if args.process_index == 0:
+            claim_output_dir(output_dir, settings, args.overwrite)
+        finished = (output_dir / RESULT_FILE).exists()
+    if finished:
         print(f"{output_dir} holds a finished run of this recipe.")
         return output_dir
 
@@ -211,34 +224,38 @@ def train(argv: list[str] | None = None) -> Path:
     )
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(LiveProgress())
-    started = time.perf_counter()
-    outcome = trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))
-    seconds = time.perf_counter() - started
-    trainer.save_model(str(output_dir))
+    trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))
+    trainer.save_whole_model(output_dir)
 
     skipped = trainer.gather_skipped()
     metrics = evaluate(model, processor, data, skipped)
     if trainer.is_world_process_zero():
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         results = {
             "metrics": metrics,
             "training": {
                 "steps": trainer.state.global_step,
-                "seconds": round(seconds, 1),
-                "batch_size": args.per_device_train_batch_size * args.world_size,
-                "loss": outcome.training_loss,
+                "seconds": round(trainer.record.seconds, 1),
+                "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                "loss": losses[-1] if losses else None,
                 "parameters": model.num_parameters(),
             },
             "data": {"source": data_args.source, "pictures": len(data.train or []), "skipped": skipped},
-            "machine": describe_machine(),
+            "machine": describe_machine(args),
         }
         write_json(output_dir / LOG_FILE, trainer.state.log_history)
         card = build_model_card(
-            "clip", model_name=output_dir.name, model=model, settings=settings, license="other", **results
+            "clip", model_name=shown_name(output_dir), model=model, settings=settings, license="other", **results
         )
         card.save(output_dir / "README.md")
         write_json(output_dir / RESULT_FILE, results)
         report_skipped(skipped)
     return output_dir
+
+
+def shown_name(output_dir: Path) -> str:
+    """What the card opens: the folder as the command had it, or its name alone where that is a path of one machine."""
+    return output_dir.name if output_dir.is_absolute() else output_dir.as_posix()
 
 
 def report_skipped(skipped: dict[str, str], shown: int = 10) -> None:
@@ -253,5 +270,5 @@ def report_skipped(skipped: dict[str, str], shown: int = 10) -> None:
 if __name__ == "__main__":
     try:
         print(f"The model is in {train()}.")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -57,7 +57,8 @@ class DataArguments:
         metadata={"help": "Split to evaluate on. Without it a fraction of the training pictures is held out."},
     )
     validation_fraction: float = field(
-        default=0.05, metadata={"help": "Fraction of the pictures held out for evaluation, chosen by their ids."}
+        default=0.05,
+        metadata={"help": "Fraction of the pictures held out, chosen by their ids (a stream needs validation_split)."},
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the pictures (found by usual names)."})
     caption_column: str | None = field(

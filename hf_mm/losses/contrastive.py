@@ -85,19 +85,23 @@ def image_text_contrastive_loss(
         if ids is not None:
             _check_ids(name, ids, num_rows)
 
+    image_embeds, text_embeds = at_least_float32(image_embeds), at_least_float32(text_embeds)
     gather = gather and is_distributed()
     all_images = gather_rows(image_embeds) if gather else image_embeds
     all_texts = gather_rows(text_embeds) if gather else text_embeds
     targets = _own_columns(image_embeds, gather)
 
-    logits_per_image = logit_scale * image_embeds @ all_texts.T
-    logits_per_text = logit_scale * text_embeds @ all_images.T if gather else logits_per_image.T
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        logits_per_image = logit_scale * image_embeds @ all_texts.T
+        logits_per_text = logit_scale * text_embeds @ all_images.T if gather else logits_per_image.T
     same = [_same_ids(ids, gather) for ids in (image_ids, text_ids) if ids is not None]
     if same:
         not_negative = torch.stack(same).any(dim=0).scatter(1, targets[:, None], False)
         logits_per_image = logits_per_image.masked_fill(not_negative, float("-inf"))
         logits_per_text = logits_per_text.masked_fill(not_negative, float("-inf"))
-    return (_cross_entropy(logits_per_image, targets) + _cross_entropy(logits_per_text, targets)) / 2
+    loss_of_images = nn.functional.cross_entropy(logits_per_image, targets)
+    loss_of_texts = nn.functional.cross_entropy(logits_per_text, targets)
+    return (loss_of_images + loss_of_texts) / 2
 
 
 def supervised_contrastive_loss(
@@ -118,13 +122,20 @@ def supervised_contrastive_loss(
         ValueError: not one id per row, or ranks hold different numbers of rows.
     """
     _check_ids("ids", ids, embeds.shape[0])
+    embeds = at_least_float32(embeds)
     gather = gather and is_distributed()
     itself = _own_columns(embeds, gather)[:, None]
-    logits = embeds @ (gather_rows(embeds) if gather else embeds).T / temperature
+    with torch.autocast(embeds.device.type, enabled=False):
+        logits = embeds @ (gather_rows(embeds) if gather else embeds).T / temperature
     log_probs = logits.scatter(1, itself, float("-inf")).log_softmax(dim=1)
     positive = _same_ids(ids, gather).scatter(1, itself, False)
     per_row = log_probs.masked_fill(~positive, 0.0).sum(dim=1) / positive.sum(dim=1).clamp(min=1)
     return -per_row.mean()
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Half precision to float32: at a logit scale of 100, a step of bfloat16 is half a logit."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _check_ids(name: str, ids: torch.Tensor, num_rows: int) -> None:
@@ -141,8 +152,3 @@ def _own_columns(rows: torch.Tensor, gather: bool) -> torch.Tensor:
 def _same_ids(ids: torch.Tensor, gather: bool) -> torch.Tensor:
     """``(b, W * b)`` bool: which of all rows carry the id of each of this rank's rows."""
     return ids[:, None] == (gather_rows(ids) if gather else ids)[None, :]
-
-
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy in float32 at least."""
-    return nn.functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)

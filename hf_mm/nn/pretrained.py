@@ -1,6 +1,7 @@
 """What every model of the package is."""
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -19,6 +20,17 @@ class MMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": TransformerBlock, "attentions": Attention}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """See `transformers.PreTrainedModel.from_pretrained`. Raises OSError for a file of weights that is cut short."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"the weights of {pretrained_model_name_or_path} are cut short or no safetensors file ({error}): "
+                "copy or download them again."
+            ) from error
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
         # For classes outside transformers the base class passes over modules without parameters of their own, such as

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ExportableState, ProgressCallback
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -37,3 +38,32 @@ class LiveProgress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:
             self.training_bar.set_postfix({name: f"{logs[name]:.3g}" for name in self.SHOWN if name in (logs or {})})
+
+
+class RunRecord(TrainerCallback, ExportableState):
+    """What a run has to tell beside its weights, kept in its checkpoints: its time, and the rows that it skipped.
+
+    Attributes:
+        skipped: row to reason.
+    """
+
+    def __init__(self):
+        self.skipped: dict[str, str] = {}
+        self._earlier_seconds = 0.0
+        self._started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all processes that took part one after the other."""
+        return self._earlier_seconds + (time.perf_counter() - self._started if self._started else 0.0)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        earlier = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        self.skipped = {**earlier.get("skipped", {}), **self.skipped}
+        self._earlier_seconds, self._started = earlier.get("seconds", 0.0), time.perf_counter()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._earlier_seconds, self._started = self.seconds, None
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"seconds": self.seconds, "skipped": self.skipped}}

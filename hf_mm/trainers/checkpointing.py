@@ -29,16 +29,34 @@ class AtomicCheckpoints:
 
     _checkpoint_root: str | None = None
 
+    def save_whole_model(self, output_dir: str | os.PathLike) -> None:
+        """`Trainer.save_model` into a folder that may hold other files; each file of the model is whole or absent.
+
+        Raises:
+            CheckpointError: the disk is full, say; what stood there before is untouched.
+        """
+        output_dir = Path(output_dir)
+        aside = output_dir / ASIDE
+        with self._whole("the model", output_dir, aside):
+            self.save_model(str(aside))
+            if self.args.should_save:
+                _flush(aside)
+                for file in aside.iterdir():
+                    os.replace(file, output_dir / file.name)
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed from the last checkpoint of a run
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial) -> str:
         return self._checkpoint_root or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial) -> None:
         run_dir = Path(self._get_output_dir(trial))
         aside, name = run_dir / ASIDE, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        try:
+        with self._whole(f"checkpoint {name}", run_dir, aside):
             with self._writing_to(aside):
                 super()._save_checkpoint(model, trial)
             self._name_best_checkpoint(run_dir, aside / name)
@@ -46,22 +64,32 @@ class AtomicCheckpoints:
             if self.args.should_save:
                 _flush(aside / name)
                 if (run_dir / name).exists():
-                    shutil.rmtree(run_dir / name)
+                    os.replace(run_dir / name, aside / "earlier")
                 os.replace(aside / name, run_dir / name)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            kept = latest_checkpoint(run_dir)
-            raise CheckpointError(
-                f"checkpoint {name} could not be written to {run_dir} ({error}); "
-                + (f"{kept} is whole: free some space and run the same command to resume." if kept else "none exists.")
-            ) from error
         if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
+
+    @contextmanager
+    def _whole(self, what: str, run_dir: Path, aside: Path):
+        """Clears the folder `aside` before and after; a failed write becomes one sentence."""
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            kept = latest_checkpoint(run_dir)
+            raise CheckpointError(
+                f"{what} could not be written to {run_dir} ({error}); "
+                + (f"{kept} is whole: run the same command to resume." if kept else "there is no checkpoint yet.")
+            ) from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
 
     @contextmanager
     def _writing_to(self, folder: Path):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..losses.contrastive import supervised_contrastive_loss
-from .callbacks import ClampLogitScale, find_logit_scale
+from .callbacks import ClampLogitScale, RunRecord, find_logit_scale
 from .checkpointing import AtomicCheckpoints
 from .optim import decay_parameter_names, refuse_half_precision
 
@@ -66,10 +66,11 @@ class ContrastiveTrainer(AtomicCheckpoints, Trainer):
                 "pass the whole processor."
             )
         self.train_batch_sampler = train_batch_sampler
-        self.skipped: dict[str, str] = {}
+        self.record = RunRecord()
         self._sums: dict[str, torch.Tensor] = {}
         self._num_sums = 0
         self.add_callback(ClampLogitScale())
+        self.add_callback(self.record)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return decay_parameter_names(model)
@@ -91,17 +92,19 @@ class ContrastiveTrainer(AtomicCheckpoints, Trainer):
         return self.accelerator.prepare(loader)
 
     def _run_epoch(self, *args, epoch: int, **kwargs):
-        if self.train_batch_sampler is not None:
+        if self.train_batch_sampler is not None:  # a resumed epoch wraps it too deep for Trainer to reach
             self.train_batch_sampler.set_epoch(epoch)
         return super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         for key, reason in inputs.pop("skipped", []):
-            self.skipped.setdefault(str(key), reason)
+            self.record.skipped.setdefault(str(key), reason)
         outputs = model(**inputs, gather_loss=True)
         loss = outputs.loss
         if self.args.view_loss_weight and model.training:
+            if "image_ids" not in inputs:
+                raise ValueError("view_loss_weight needs image_ids in every batch, the group that each picture is of.")
             view_loss = supervised_contrastive_loss(
                 outputs.image_embeds, inputs["image_ids"], self.args.view_loss_temperature
             )
@@ -111,7 +114,7 @@ class ContrastiveTrainer(AtomicCheckpoints, Trainer):
 
     def gather_skipped(self) -> dict[str, str]:
         """The rows that any rank skipped, with reasons. Every rank must call it."""
-        of_ranks = gather_object([self.skipped])
+        of_ranks = gather_object([self.record.skipped])
         return {row: reason for skipped in of_ranks for row, reason in skipped.items()}
 
     def _record(self, **losses: torch.Tensor) -> None:
@@ -123,5 +126,6 @@ class ContrastiveTrainer(AtomicCheckpoints, Trainer):
         if "loss" in logs:
             logs |= {name: round(float(total) / self._num_sums, 4) for name, total in self._sums.items()}
             self._sums, self._num_sums = {}, 0
-            logs["temperature"] = round(math.exp(-find_logit_scale(self.model).item()), 5)
+            if (logit_scale := find_logit_scale(self.model)) is not None:
+                logs["temperature"] = round(math.exp(-logit_scale.item()), 5)
         super().log(logs, start_time)

@@ -20,13 +20,16 @@ from ..version import __version__
 
 RECIPE_FILE = "recipe.json"
 RESULT_FILE = "results.json"
+LEFT_BY_A_RUN = (RESULT_FILE, "model.safetensors", "config.json", "README.md", "log_history.json", "report.html")
 
 # Settings of TrainingArguments that the trained weights depend on.
 DECISIVE = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs"),
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "bf16", "fp16"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed", "data_seed", "bf16", "fp16"),
 )
+# Settings of other groups that it does not depend on.
+INDECISIVE = {"cache_images", "overwrite", "strict"}
 
 
 def read_recipe(path: str | Path) -> dict:
@@ -82,11 +85,15 @@ def decisive_settings(*groups) -> dict:
     settings = {}
     for group in groups:
         if isinstance(group, TrainingArguments):
-            own = {f.name for f in fields(group)} - {f.name for f in fields(TrainingArguments)} - {"overwrite"}
+            own = {f.name for f in fields(group)} - {f.name for f in fields(TrainingArguments)}
             settings |= {name: getattr(group, name) for name in (*DECISIVE, *sorted(own))}
+            workers = group.dataloader_num_workers
         else:
             settings |= asdict(group)
-    return json.loads(json.dumps(settings, default=str))
+    if settings.get("streaming"):
+        settings["dataloader_num_workers"] = workers
+    kept = {name: value for name, value in settings.items() if name not in INDECISIVE}
+    return json.loads(json.dumps(kept, default=str))
 
 
 def claim_output_dir(output_dir: str | Path, settings: dict, overwrite: bool = False) -> None:
@@ -95,32 +102,45 @@ def claim_output_dir(output_dir: str | Path, settings: dict, overwrite: bool = F
     Args:
         output_dir: where the run writes.
         settings: what its result depends on, see `decisive_settings`.
-        overwrite: start anew: the earlier run's checkpoints and results are removed.
+        overwrite: start anew: what the earlier run left is removed.
 
     Raises:
         ValueError: the folder holds a run with other settings; the sentence names the first that differs.
     """
     path = Path(output_dir) / RECIPE_FILE
     if overwrite:
-        for checkpoint in path.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            shutil.rmtree(checkpoint)
-        (path.parent / RESULT_FILE).unlink(missing_ok=True)
+        for file in (
+            *LEFT_BY_A_RUN,
+            *(checkpoint.name for checkpoint in path.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")),
+        ):
+            _remove(path.parent / file)
     elif path.exists():
         earlier = json.loads(path.read_text())
         for name in sorted(settings.keys() | earlier.keys()):
             if earlier.get(name) != settings.get(name):
                 raise ValueError(
                     f"{output_dir} holds a run with {name} = {earlier.get(name)!r}, now it is {settings.get(name)!r}: "
-                    "choose another --output_dir, or pass --overwrite true to start anew."
+                    "choose another --output_dir, or start anew with --overwrite true or by removing that folder."
                 )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
 
 
-def describe_machine() -> dict[str, str | int]:
+def _remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there; a folder is gone at once, never half."""
+    if path.is_dir():
+        aside = path.with_name(f".{path.name}.removed")
+        path.replace(aside)
+        shutil.rmtree(aside)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def describe_machine(args: TrainingArguments) -> dict[str, str | int]:
     """What a run ran on, for its card."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type.upper(),
+        "processes": args.world_size,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

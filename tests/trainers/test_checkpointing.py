@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from toy_run import toy_trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_mm.trainers.checkpointing import ASIDE, latest_checkpoint
@@ -15,7 +16,9 @@ SCRIPT = Path(__file__).with_name("toy_run.py")
 
 
 def run(output_dir: Path, *kill_at: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # Measuring coverage would write files of its own to the full disk.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, str(SCRIPT), str(output_dir), *kill_at], env=environment, capture_output=True, text=True
     )
@@ -33,8 +36,8 @@ def undisturbed(tmp_path_factory) -> bytes:
     return weights(output_dir)
 
 
-def test_killed_at_six_points_in_turn(tmp_path, undisturbed):
-    kill_points = ["step:3", "open:config.json", "open:trainer_state.json", "rename", "rotate", "step:8"]
+def test_killed_at_seven_points_in_turn(tmp_path, undisturbed):
+    kill_points = ["step:3", "open:config.json", "open:trainer_state.json", "rename", "rotate", "step:7", "final"]
     for kill_at in kill_points:
         killed = run(tmp_path, kill_at)
         assert killed.returncode == -signal.SIGKILL, f"{kill_at}: {killed.stderr}"
@@ -43,6 +46,16 @@ def test_killed_at_six_points_in_turn(tmp_path, undisturbed):
     done = run(tmp_path)
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path) == undisturbed
+
+
+def test_a_checkpoint_written_again_is_never_absent(tmp_path):
+    """Saving a step that is there already keeps the earlier checkpoint until the new one has its name."""
+    trainer = toy_trainer(str(tmp_path), max_steps=2)
+    trainer.train()
+    (tmp_path / "checkpoint-2" / "mark").touch()
+    trainer._save_checkpoint(trainer.model, trial=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert not (tmp_path / "checkpoint-2" / "mark").exists()
 
 
 def test_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, undisturbed):

@@ -126,6 +126,30 @@ def test_half_precision_weights_are_refused(tmp_path, dtype):
         ContrastiveTrainer(model=tiny_clip().to(dtype), args=arguments, train_dataset=Pairs())
 
 
+def test_autocast_leaves_the_loss_in_float32(tmp_path):
+    """At a logit scale of 100 a step of bfloat16 is half a logit; what is compared is rounded once, by the towers."""
+    batch = collate([Pairs()[i] for i in range(8)])
+    model = tiny_clip().eval()
+    torch.nn.init.constant_(model.logit_scale, MAX_LOGIT_SCALE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(**batch)
+        vision, text = model.get_image_features(batch["pixel_values"]), model.get_text_features(batch["input_ids"])
+    features = (torch.nn.functional.normalize(tower.pooler_output.double(), dim=-1) for tower in (vision, text))
+    expected = image_text_contrastive_loss(*features, model.logit_scale.double().exp(), batch["image_ids"])
+    assert outputs.loss.dtype == torch.float32
+    assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_resumed_run_remembers_its_time_and_what_it_skipped(tmp_path):
+    first = toy_trainer(str(tmp_path), max_steps=2)
+    first.record.skipped["row 3"] = "no picture"
+    first.train()
+    second = toy_trainer(str(tmp_path), max_steps=4)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert second.gather_skipped() == {"row 3": "no picture"}
+    assert second.record.seconds > first.state.stateful_callbacks["RunRecord"]["attributes"]["seconds"] > 0
+
+
 def test_unequal_pictures_and_texts_are_refused_in_training(tmp_path):
     model = tiny_clip().train()
     batch = collate([Pairs()[i] for i in range(4)])
@@ -145,4 +169,4 @@ def test_skipped_rows_are_collected_and_kept_from_the_model(tmp_path):
     batch = collate([Pairs()[i] for i in range(4)])
     loss = trainer.compute_loss(copy.deepcopy(trainer.model).eval(), {**batch, "skipped": [("row 3", "no picture")]})
     assert torch.isfinite(loss)
-    assert trainer.skipped == {"row 3": "no picture"}
+    assert trainer.gather_skipped() == {"row 3": "no picture"}

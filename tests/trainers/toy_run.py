@@ -4,6 +4,7 @@
 
 KILL_AT: ``step:N`` (at the end of step N), ``open:NAME`` (when NAME is opened for writing inside a checkpoint),
 ``rename`` (just before a checkpoint gets its name), ``rotate`` (when an older checkpoint is about to be removed).
+``final`` (just before the trained model gets its place, after the last checkpoint).
 ``full:N`` does not kill: from step N on no file may grow beyond 4 kB, as if the disk were full.
 """
 
@@ -66,7 +67,8 @@ class Pairs(Dataset):
 def toy_trainer(output_dir: str, **arguments) -> ContrastiveTrainer:
     defaults = {
         "per_device_train_batch_size": 8,
-        "max_steps": 9,
+        "max_steps": 8,
+        "lr_scheduler_type": "constant",
         "save_steps": 2,
         "save_total_limit": 2,
         "logging_steps": 1,
@@ -110,6 +112,7 @@ def arm(trainer: ContrastiveTrainer, kill_at: str):
         path = str(arguments[0]) if arguments else ""
         if (
             (kind == "open" and event == "open" and ".incomplete" in path and path.endswith(detail))
+            or (kind == "final" and event == "os.rename" and path.endswith("model.safetensors"))
             or (kind == "rename" and event == "os.rename" and ".incomplete" in path)
             or (kind == "rotate" and event == "shutil.rmtree" and ".incomplete" not in path and "checkpoint-" in path)
         ):
@@ -124,4 +127,4 @@ if __name__ == "__main__":
     if kill_at:
         arm(trainer, kill_at[0])
     trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))
-    trainer.save_model(output_dir)
+    trainer.save_whole_model(output_dir)

@@ -12,6 +12,10 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from hf_mm.models.clip.tokenization_clip import MMClipTokenizer
 
 ROOT = Path(__file__).parents[2]
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -137,6 +141,25 @@ def test_a_killed_run_resumes_with_workers_and_a_stream(tmp_path, pictures):
         assert a == b, mode
 
 
+def test_goes_on_from_a_clip_that_transformers_saved(tmp_path, pictures):
+    words = [f"a {colour} picture, number {number}" for number, colour in enumerate(COLOURS)]
+    tokenizer = MMClipTokenizer.train_from_iterator(words, 540, model_max_length=12)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {**TOWER, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 12}
+    vision = {**TOWER, "image_size": 32, "patch_size": 16}
+    published = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    published.save_pretrained(tmp_path / "published")
+    tokenizer.save_pretrained(tmp_path / "published")
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path / "published")
+    arguments = [recipe(tmp_path, max_steps=1, learning_rate=0.0), "--source", pictures]
+    arguments += ["--model_name_or_path", tmp_path / "published", "--output_dir", tmp_path / "run"]
+    done = run("training/train_clip.py", *arguments, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("published", "run"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].flatten(), after[name].flatten()) for name in before)
+
+
 def test_two_processes_equal_one(tmp_path, pictures):
     """The same rows in the same steps: two processes with half the batch end with the weights of one.
 
@@ -158,6 +181,7 @@ def test_two_processes_equal_one(tmp_path, pictures):
     results = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
     assert results[0]["metrics"]["held_out"] == pytest.approx(results[1]["metrics"]["held_out"])
     assert results[0]["data"] == results[1]["data"]
+    assert [result["training"]["batch_size"] for result in results] == [4, 4]
 
 
 def test_strict_stops_at_the_broken_row(tmp_path, pictures):

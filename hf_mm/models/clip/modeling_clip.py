@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...losses.contrastive import image_text_contrastive_loss
+from ...losses.contrastive import at_least_float32, image_text_contrastive_loss
 from ...nn.attention import Attention
 from ...nn.blocks import MLP, TransformerEncoder
 from ...nn.patches import patch_grid, to_pair
@@ -56,6 +56,8 @@ class MMClipOutput(ModelOutput):
 
 
 class MMClipPreTrainedModel(MMPreTrainedModel):
+    """What CLIP and its towers share: their initialisation."""
+
     config: MMClipConfig
     base_model_prefix = "clip"
     input_modalities = ("image", "text")
@@ -112,6 +114,8 @@ class MMClipPreTrainedModel(MMPreTrainedModel):
 
 
 class MMClipTextEmbeddings(nn.Module):
+    """Token table plus position table."""
+
     def __init__(self, config: MMClipTextConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -250,6 +254,8 @@ def last_kept_positions(attention_mask: torch.Tensor | None, hidden_states: torc
 
 
 class MMClipVisionEmbeddings(nn.Module):
+    """Class token and patches, plus position table."""
+
     def __init__(self, config: MMClipVisionConfig):
         super().__init__()
         self.config = config
@@ -451,14 +457,15 @@ class MMClipModel(MMClipPreTrainedModel):
             pooling_positions=pooling_positions,
             **kwargs,
         )
-        image_embeds = nn.functional.normalize(vision.pooler_output, dim=-1)
-        text_embeds = nn.functional.normalize(text.pooler_output, dim=-1)
+        image_embeds = nn.functional.normalize(at_least_float32(vision.pooler_output), dim=-1)
+        text_embeds = nn.functional.normalize(at_least_float32(text.pooler_output), dim=-1)
         scale = self.logit_scale.exp()
 
         loss = None
         if return_loss and (self.training or len(image_embeds) == len(text_embeds)):
             gather = self.training if gather_loss is None else gather_loss
             loss = image_text_contrastive_loss(image_embeds, text_embeds, scale, image_ids, text_ids, gather=gather)
+        image_embeds, text_embeds = image_embeds.to(scale.dtype), text_embeds.to(scale.dtype)
         logits_per_image = scale * image_embeds @ text_embeds.T
         return MMClipOutput(
             loss=loss,

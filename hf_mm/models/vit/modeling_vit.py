@@ -61,6 +61,8 @@ class MMViTEmbeddings(nn.Module):
 
 
 class MMViTPreTrainedModel(MMPreTrainedModel):
+    """What the trunk and the classifier share: their initialisation."""
+
     config: MMViTConfig
     base_model_prefix = "vit"
     main_input_name = "pixel_values"
