@@ -16,35 +16,37 @@ from pathlib import Path
 from train_clip import LOG_FILE, train
 from transformers import AutoModel, AutoProcessor
 
+from hf_mm.evaluation.style_shift import RESULTS
 from hf_mm.plots.clip_report import clip_report
 from hf_mm.trainers.recipes import RESULT_FILE
 
-CELLS = {
-    "cell": "known emoji, artist's version held out",
-    "style": "known emoji, new artist (OpenMoji)",
-    "concept": "new emoji, known artists",
-    "both": "new emoji, new artist",
-}
-
 
 def print_metrics(metrics: dict) -> None:
+    """R@1 and R@10 of picture to caption, each with what chance and the nearest pixels reach in brackets."""
     print(
-        f"\n{'picture → caption, %':<42}{'captions':>9}{'R@1':>7}{'R@10':>7}{'chance':>9}{'pixels':>8}{'original size':>15}"
+        f"\n{'picture → caption, % (chance, nearest pixels)':<48}{'captions':>9}{'R@1':>20}{'R@10':>22}{'as published':>22}"
     )
-    for cell, description in CELLS.items():
-        row, original = metrics["size_normalized"][cell], metrics["original"][cell]
-        pixels = "–" if row["pixels_r10"] is None else f"{row['pixels_r10']:.1f}"
+    for cell, description in RESULTS.items():
+        row, published = metrics["size_normalized"][cell], metrics["original"][cell]
         print(
-            f"{description:<42}{row['captions']:>9}{row['i2t_r1']:>7.1f}{row['i2t_r10']:>7.1f}"
-            f"{row['chance_r10']:>9.1f}{pixels:>8}{original['i2t_r10']:>15.1f}"
+            f"{description:<48}{row['captions']:>9,}{with_baselines(row, 'r1'):>20}{with_baselines(row, 'r10'):>22}"
+            f"{with_baselines(published, 'r10'):>22}"
         )
-    print("(chance, pixels and original size: R@10)")
+    print("(as published: R@10 on drawings at their own sizes)")
+
+
+def with_baselines(row: dict, at: str) -> str:
+    chance, pixels = row[f"chance_{at}"], row[f"pixels_{at}"]
+    return f"{row[f'i2t_{at}']:.1f} ({chance:.1f}, {'–' if pixels is None else f'{pixels:.1f}'})"
 
 
 def main() -> None:
     started = time.perf_counter()
     folder = train()
     results = json.loads((folder / RESULT_FILE).read_text())
+    if results["data"]["source"] != "emoji":
+        print(f"The demo shows the bundled pictures only; the model trained on yours is in {folder}.")
+        return
     print_metrics(results["metrics"])
     subprocess.run([sys.executable, str(Path(__file__).with_name("use_clip.py")), str(folder)], check=True)
 
@@ -62,5 +64,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -9,14 +9,9 @@ import argparse
 import json
 from pathlib import Path
 
+from hf_mm.evaluation.style_shift import RESULTS
 from hf_mm.trainers.recipes import RECIPE_FILE, RESULT_FILE, write_json
 
-CELLS = {
-    "cell": "known emoji, the artist's version held out",
-    "style": "known emoji, new artist (OpenMoji)",
-    "concept": "new emoji, known artists",
-    "both": "new emoji, new artist",
-}
 FIGURES = ("i2t_r1", "i2t_r10")
 
 
@@ -31,7 +26,7 @@ def summarize(folders: list[Path]) -> dict:
         "machine": runs[0]["machine"],
         "cells": {},
     }
-    for cell in CELLS:
+    for cell in RESULTS:
         rows = [run["metrics"]["size_normalized"][cell] for run in runs]
         fixed = ("images", "captions", "chance_r1", "chance_r10", "pixels_r1", "pixels_r10")
         summary["cells"][cell] = {
@@ -48,7 +43,7 @@ def markdown(summary: dict) -> str:
         "| picture → caption, % | captions | R@1 | R@10 | chance R@1 / R@10 | nearest pixels R@1 / R@10 |",
         "|---|---|---|---|---|---|",
     ]
-    for cell, description in CELLS.items():
+    for cell, description in RESULTS.items():
         row = summary["cells"][cell]
         figures = [f"{sum(row[name]) / len(row[name]):.1f} ({min(row[name]):.1f})" for name in FIGURES]
         baselines = [

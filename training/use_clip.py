@@ -36,7 +36,7 @@ def main() -> None:
     answers = classify(unseen["image"][:], candidate_labels=CHOICES, hypothesis_template="{}")
 
     print(
-        f"\n{'picture (drawn by an artist whose version was held out)':<56} {'best of 1,405 names':<34} best of 8 labels"
+        f"\n{'picture (drawn by an artist whose version was held out)':<56} {f'best of {len(captions):,} names':<34} best of 8 labels"
     )
     for row, places, scores, answer in zip(unseen, best.indices, best.values, answers, strict=True):
         name = captions[int(places[0])]

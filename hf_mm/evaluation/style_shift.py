@@ -18,6 +18,12 @@ from .retrieval import right_texts, shared_captions
 from .zero_shot import class_means, classification_metrics
 
 NEW_STYLE = "openmoji"
+RESULTS = {  # what the cells that count ask
+    "cell": "known emoji, the artist's version held out",
+    "style": "known emoji, new artist (OpenMoji)",
+    "concept": "new emoji, known artists",
+    "both": "new emoji, new artist",
+}
 CELLS = {  # name: (split of the pictures, gallery of captions)
     "cell": ("cell", "train"),
     "style": ("style", "train"),
