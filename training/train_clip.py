@@ -183,6 +183,8 @@ def evaluate(model: PreTrainedModel, processor: MMClipProcessor, data: Data, ski
             "No pictures were held out, so nothing is evaluated: set validation_split or a larger validation_fraction."
         )
         return {}
+    if len(data.held_out) > MAX_HELD_OUT:
+        print(f"Evaluating on the first {MAX_HELD_OUT:,} of {len(data.held_out):,} held-out pictures.")
     rows = data.held_out.readable(skipped, data.args.strict, desc="Reading held-out pictures")
     kept = [
         (at_model_size(row.image, processor.image_processor), row.captions, row.group)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 ASIDE = ".incomplete"
@@ -40,6 +40,7 @@ class AtomicCheckpoints:
         with self._whole("the model", output_dir, aside):
             self.save_model(str(aside))
             if self.args.should_save:
+                (aside / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, of no use to who opens the model
                 _flush(aside)
                 for file in aside.iterdir():
                     os.replace(file, output_dir / file.name)

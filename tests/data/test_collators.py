@@ -378,7 +378,7 @@ def test_a_run_on_a_stream_goes_on_where_it_stopped(tmp_path, num_workers):
     states = [trainer.model.state_dict() for trainer in (whole, resumed)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert any(not torch.equal(value, states[0][name]) for name, value in tiny_clip().state_dict().items())
-    assert len(whole.skipped) == 2
+    assert len(whole.gather_skipped()) == 2
 
 
 # ImageTextCollator

@@ -84,6 +84,8 @@ def test_own_pictures_are_trained_on_evaluated_and_opened(tmp_path, pictures):
     card = (output_dir / "README.md").read_text()
     assert "library_name: transformers" in card and str(held_out["images"]) in card
 
+    assert not [file.name for file in output_dir.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
     opened = subprocess.run(
         [
             sys.executable,

@@ -148,6 +148,7 @@ def family_of(key: str, caption: str) -> str:
 
 
 def gender_of(concept: Concept) -> str:
+    """One of male, female, both or nothing, by the code points and the name."""
     parts = concept.key.split("-")
     male = "2642" in parts or bool(MALE.search(concept.caption))
     female = "2640" in parts or bool(FEMALE.search(concept.caption))
@@ -223,6 +224,7 @@ def read_drawings(packages: Path) -> dict[str, dict[str, str]]:
 
 
 def read_iconify(folder: Path) -> Iterator[tuple[str, str]]:
+    """Key and SVG text of every drawing of an iconify package; three of them have a height of their own."""
     icons = json.loads((folder / "icons.json").read_text())
     for hexcode, name in json.loads((folder / "chars.json").read_text()).items():
         icon = {"left": 0, "top": 0, "width": icons.get("width", 16), "height": icons.get("height", 16)}
@@ -258,6 +260,7 @@ def mirrors_harmlessly(concept: Concept, bases: Container[str]) -> bool:
 
 
 def build_rows(packages: Path) -> list[dict]:
+    """Every picture with its columns, artist by artist in the order of the catalogue."""
     concepts, drawings = read_concepts(packages), read_drawings(packages)
     bases = [concept for concept in concepts if concept.skin_tone == 0]
     split = split_families(bases)
