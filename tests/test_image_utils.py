@@ -102,6 +102,7 @@ def test_wide_integers_without_large_values_are_eight_bit_pictures():
     ids=["HW", "HW1", "1HW", "HW3", "3HW", "HW4", "4HW", "bool"],
 )
 def test_layouts_of_arrays(array, expected, as_tensor):
+    """F02: a grey or four-channel array is read like the picture it stands for."""
     picture = torch.from_numpy(np.ascontiguousarray(array)) if as_tensor else array
     np.testing.assert_array_equal(pixels(to_rgb(picture)), expected)
 
@@ -117,6 +118,7 @@ def test_an_array_that_could_be_either_way_is_read_channels_first():
 @pytest.mark.parametrize("scale", [1, 255])
 @pytest.mark.parametrize("kind", [np.float32, np.float64, torch.float32])
 def test_float_pictures_equal_the_integers_they_came_from(kind, scale):
+    """F03: floats up to 1 and floats up to 255 are told apart."""
     floats = RGB.astype(np.float64) / scale
     floats = torch.from_numpy(floats).to(kind).requires_grad_() if kind is torch.float32 else floats.astype(kind)
     np.testing.assert_array_equal(pixels(to_rgb(floats)), RGB)
@@ -149,6 +151,7 @@ def tagged_file(picture, orientation, format, **options):
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_orientation_is_applied_once_from_every_source(orientation, format, tmp_path, caplog):
+    """F01: the orientation tag is neither ignored nor applied twice."""
     data = tagged_file(RGB, orientation, format, **({"lossless": True} if format == "WEBP" else {}))
     path = tmp_path / "photo"
     path.write_bytes(data)
@@ -162,6 +165,7 @@ def test_orientation_is_applied_once_from_every_source(orientation, format, tmp_
 
 
 def test_a_photograph_on_its_side_is_turned():
+    """F01: a sideways JPEG is stood upright."""
     stored = np.zeros((40, 64, 3), np.uint8)
     stored[:, :32, 0] = 255
     turned = pixels(to_rgb(tagged_file(stored, 6, "JPEG")))
@@ -171,6 +175,7 @@ def test_a_photograph_on_its_side_is_turned():
 
 
 def test_orientation_in_xmp_alone_is_applied_once():
+    """F01: the tag counts also where only XMP holds it."""
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     once = to_rgb(encoded(Image.fromarray(RGB), "WEBP", xmp=xmp, lossless=True))
     np.testing.assert_array_equal(pixels(once), np.rot90(RGB, -1))
@@ -178,6 +183,7 @@ def test_orientation_in_xmp_alone_is_applied_once():
 
 
 def test_xmp_that_is_no_text_does_not_stop_the_picture():
+    """F01: XMP that is not UTF-8 does not end a run."""
     png = encoded(Image.fromarray(RGB))
     body = b"iTXt" + b"XML:com.adobe.xmp\0\0\0\0\0" + b"\xff\xfe tiff:Orientation \xc3"
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
@@ -194,6 +200,7 @@ def test_xmp_that_is_no_text_does_not_stop_the_picture():
     ],
 )
 def test_broken_metadata_is_passed_over_with_a_warning(info, caplog):
+    """F01: a broken metadata block costs a warning, not the picture."""
     image = Image.fromarray(RGB)
     image.info.update(info)
     np.testing.assert_array_equal(pixels(to_rgb(image)), RGB)
@@ -227,6 +234,7 @@ def test_one_pixel_pictures():
     ],
 )
 def test_what_is_no_picture_is_refused_in_one_sentence(picture, error, words):
+    """F02, F03: a wrong number of channels or range of values is named."""
     with pytest.raises(error, match=words) as raised:
         to_rgb(picture)
     assert "\n" not in str(raised.value)
@@ -234,6 +242,7 @@ def test_what_is_no_picture_is_refused_in_one_sentence(picture, error, words):
 
 @pytest.mark.parametrize("content", [b"", b"no picture", encoded(Image.fromarray(RGB))[:-40]])
 def test_unreadable_files_are_named(content, tmp_path):
+    """F04: a file that cannot be read is named."""
     path = tmp_path / "broken.png"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="broken.png"):
@@ -241,6 +250,7 @@ def test_unreadable_files_are_named(content, tmp_path):
 
 
 def test_a_picture_opened_but_not_yet_read_is_named_too(tmp_path):
+    """F04: also when it turns out late that a file is truncated."""
     path = tmp_path / "broken.png"
     path.write_bytes(encoded(Image.fromarray(RGB))[:-40])
     with pytest.raises(ValueError, match="broken.png"):

@@ -5,9 +5,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .attention import Attention
 from .blocks import TransformerBlock
+
+logger = logging.get_logger(__name__)
 
 
 class MMPreTrainedModel(PreTrainedModel):
@@ -31,6 +34,15 @@ class MMPreTrainedModel(PreTrainedModel):
                 f"the weights of {pretrained_model_name_or_path} are cut short or no safetensors file ({error}): "
                 "copy or download them again."
             ) from error
+
+    def train(self, mode: bool = True):
+        """See `torch.nn.Module.train`. Warns of float16 weights, in which Adam's default eps is zero."""
+        if mode and self.dtype == torch.float16:
+            logger.warning_once(
+                "The weights are float16, in which plain Adam ends in NaN: open the model with dtype=torch.float32 and "
+                "train with fp16=True or bf16=True."
+            )
+        return super().train(mode)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
         # For classes outside transformers the base class passes over modules without parameters of their own, such as

@@ -132,9 +132,24 @@ def test_no_input_is_dropped_and_other_columns_are(case, tmp_path):
     assert received == [set(batch)]
 
 
+@WITH_LABELS
+def test_a_lazy_transform_sees_the_raw_pictures(case, tmp_path):
+    """F05: with remove_unused_columns=False a column called img reaches our image processor in both loops."""
+    pictures, prepared = case.raw(NUM_SAMPLES)["images"], case.batch(NUM_SAMPLES)
+    dataset = Dataset.from_dict({"img": pictures, "label": prepared["labels"].tolist()}).with_transform(
+        lambda rows: {**case.preparer(rows["img"], return_tensors="pt"), "labels": rows["label"]}
+    )
+    arguments = {"max_steps": 1, "remove_unused_columns": False}
+    trainer = trainer_for(case, tmp_path, model=case.build(), samples=dataset, **arguments)
+    with torch.no_grad():
+        expected = trainer.model(**prepared).loss.item()
+    assert trainer.evaluate(dataset)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.train().global_step == 1
+
+
 @WITH_LOSS
 def test_a_checkpoint_opens_alone(case, tmp_path):
-    """Processor included, so that the folder can prepare what it is given."""
+    """F07: Processor included, so that the folder can prepare what it is given."""
     trainer = trainer_for(
         case, tmp_path, model=case.build(), samples=samples_of(case.batch(4)), save_strategy="steps", save_steps=2
     )

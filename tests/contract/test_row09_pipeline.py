@@ -1,10 +1,15 @@
 """Row 9: `pipeline(task, model=folder)` answers on a file, a PIL image and a batch, with what the model says."""
 
+import logging
+import struct
+import zlib
+
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModel, pipeline
 
-from .cases import cases_for
+from .cases import CONTEXT, cases_for
 
 LABELS = ["red square", "circle", "line"]
 
@@ -94,3 +99,57 @@ def test_text_feature_extraction(case, folder):
     for row, features in enumerate(extract(texts, batch_size=2)):
         length = batch["attention_mask"][row].sum()
         torch.testing.assert_close(torch.tensor(features)[0, :length], states[row, :length])
+
+
+@pytest.fixture
+def ask(case, folder):
+    """The first pipeline of a case, as a function of a file."""
+    pipe = pipeline(case.tasks[0], model=folder)
+    options = {"candidate_labels": LABELS} if case.tasks[0].startswith("zero-shot") else {}
+    return lambda path: pipe(str(path), **options)
+
+
+WITH_IMAGES = pytest.mark.parametrize("case", cases_for(9, lambda case: "images" in case.inputs), ids=str)
+
+
+@WITH_IMAGES
+def test_a_phone_photo_is_answered_like_its_upright_copy(case, ask, tmp_path):
+    """F01: the orientation tag of a file counts."""
+    upright = Image.new("RGB", (20, 40), "blue")
+    upright.paste("red", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.jpg", exif=exif)
+    lying = Image.open(tmp_path / "photo.jpg").convert("RGB")
+    lying.save(tmp_path / "lying.png")
+    lying.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    assert ask(tmp_path / "photo.jpg") == ask(tmp_path / "upright.png") != ask(tmp_path / "lying.png")
+
+
+@WITH_IMAGES
+def test_metadata_that_is_no_text_does_not_matter(case, ask, files):
+    """F01: a PNG whose XMP is not UTF-8 is answered like the one without."""
+    with open(files[0], "rb") as file:
+        png = file.read()
+    body = b"iTXtXML:com.adobe.xmp\0\0\0\0\0\xff\xfe tiff:Orientation \xc3"
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    end_of_header = 8 + 12 + 13
+    expected = ask(files[0])
+    with open(files[0], "wb") as file:
+        file.write(png[:end_of_header] + chunk + png[end_of_header:])
+    assert ask(files[0]) == expected
+
+
+@task("zero-shot-image-classification")
+def test_a_label_beyond_the_context_is_cut(case, folder, caplog):
+    """F15: its score is that of the words that fit, with one warning at most."""
+    logging.Logger.warning_once.cache_clear()
+    classify, image = pipeline("zero-shot-image-classification", model=folder), case.raw(1)["images"][0]
+
+    def score(words: int) -> float:
+        labels = ["a red square", "circle " * words]
+        answers = classify(image, candidate_labels=labels, hypothesis_template="{}")
+        return next(answer["score"] for answer in answers if answer["label"] == labels[1])
+
+    assert score(200) == pytest.approx(score(CONTEXT), abs=1e-6)
+    assert caplog.text.count("were cut") <= 1

@@ -17,6 +17,7 @@ def one_sentence(error: BaseException) -> bool:
 
 @pytest.mark.parametrize(("case", "bad"), CALLS, ids=[f"{case}: {bad.name}" for case, bad in CALLS])
 def test_a_wrong_call_is_refused_in_one_sentence(case, bad):
+    """F15 where ids run beyond the context: both lengths are named."""
     with pytest.raises(ValueError, match=bad.message) as refusal:
         bad.call(case.build(), case.batch(3))
     assert one_sentence(refusal.value)

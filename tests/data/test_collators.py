@@ -96,6 +96,7 @@ def test_a_plain_index_is_epoch_0():
 
 @pytest.mark.parametrize("cache_images", [False, True])
 def test_broken_rows_leave_batches_full_and_captions_with_their_pictures(cache_images):
+    """F04: broken rows are replaced, and no caption moves to another picture."""
     dataset = draws_of(broken=True, cache_images=cache_images)
     for epoch in range(2):
         sampler = GroupBatchSampler(range(8), batch_size=4)
@@ -110,6 +111,7 @@ def test_broken_rows_leave_batches_full_and_captions_with_their_pictures(cache_i
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_what_was_skipped_reaches_the_batch(num_workers):
+    """F04: the skipped rows are reported, from workers too."""
     sampler = GroupBatchSampler(range(8), batch_size=4)
     loader = DataLoader(
         draws_of(broken=True),
@@ -127,6 +129,7 @@ def test_what_was_skipped_reaches_the_batch(num_workers):
 
 @pytest.mark.parametrize("row", [3, 5])
 def test_strict_names_the_broken_row(row):
+    """F04: strict mode tells which row."""
     dataset = draws_of(broken=True, strict=True)
     for _ in range(2):
         with pytest.raises(BrokenRow, match=f"^row {row}: "):
@@ -134,6 +137,7 @@ def test_strict_names_the_broken_row(row):
 
 
 def test_strict_names_the_broken_row_of_a_worker():
+    """F04: a worker tells it too, in one line."""
     loader = DataLoader(draws_of(broken=True, strict=True), sampler=[5], batch_size=None, num_workers=1)
     batches = iter(loader)
     with pytest.raises(BrokenRow, match="^row 5: a picture in memory cannot be read.+$") as caught:
@@ -159,6 +163,7 @@ def test_a_broken_row_is_opened_once():
 
 
 def test_nothing_readable_is_one_sentence():
+    """F04: when all rows are broken, the first is named."""
     rows = ImageTextRows(eight_pairs().select([3, 5]), COLUMNS)
     dataset = ImageTextDraws(rows, tiny_processor().image_processor)
     with pytest.raises(ValueError, match="None of the 2 rows can be read; the first: row 0: The picture is missing"):
@@ -287,6 +292,7 @@ def test_a_stream_is_repeatable_and_depends_on_its_seed():
 
 
 def test_a_stream_leaves_broken_rows_out_and_tells():
+    """F04: a stream skips and names, or stops when strict."""
     samples = take(stream_of(eight_pairs()), 13)
     assert all(map(fits, samples))
     told = [row for sample in samples for row in sample["skipped"]]
@@ -300,6 +306,7 @@ def test_a_stream_leaves_broken_rows_out_and_tells():
 
 
 def test_a_stream_without_a_readable_row_is_one_sentence():
+    """F04: a stream of broken rows does not run for ever."""
     with pytest.raises(ValueError, match="No row of the stream can be read; the first: row with "):
         take(stream_of(eight_pairs().select([3, 5])), 1)
 
@@ -386,6 +393,7 @@ def test_a_run_on_a_stream_goes_on_where_it_stopped(tmp_path, num_workers):
 
 @pytest.mark.parametrize("first", [0, 4])
 def test_a_strict_collator_names_the_row(first):
+    """F04: by its place in the batch, its caption, or its key."""
     rows = list(eight_pairs().select(range(first, first + 4)))
     name = {0: r"row 3 of this batch \(\['a yellow square", 4: r"row 1 of this batch \(\['a white square"}[first]
     with pytest.raises(ValueError, match=name):
@@ -396,6 +404,7 @@ def test_a_strict_collator_names_the_row(first):
 
 
 def test_a_lenient_collator_leaves_rows_out():
+    """F04: six pairs of eight stay, each caption with its own picture."""
     processor, rows = tiny_processor(), list(eight_pairs())
     collate = ImageTextCollator(processor, caption_column="caption", strict=False)
     batches = [collate(rows[:4]), collate(rows[4:])]
@@ -411,6 +420,7 @@ def test_a_lenient_collator_leaves_rows_out():
 
 @pytest.mark.parametrize("blank", ["", "   "])
 def test_a_blank_caption_is_the_empty_text(blank):
+    """F16: start and end token, and a finite embedding of unit norm."""
     batch = ImageTextCollator(tiny_processor())([{"image": picture(name), "text": blank} for name in NAMES[:2]])
     tokenizer = tiny_processor().tokenizer
     assert batch["input_ids"].tolist() == [[tokenizer.bos_token_id, tokenizer.eos_token_id]] * 2
@@ -420,11 +430,13 @@ def test_a_blank_caption_is_the_empty_text(blank):
 
 
 def test_an_empty_batch_is_one_sentence():
+    """F16: an empty batch is refused."""
     with pytest.raises(ValueError, match="A batch needs at least one row"):
         ImageTextCollator(tiny_processor())([])
 
 
 def test_a_long_caption_is_cut_with_its_end_token_last():
+    """F15: both collators cut at the context."""
     processor, samples = tiny_processor(), noisy_samples(caption=["red " * 200, "a", "b", "c"])
     batch = ContrastiveCollator(processor)(samples)
     plain = ImageTextCollator(processor)([{"image": picture("red"), "text": "red " * 200}])
@@ -436,12 +448,14 @@ def test_a_long_caption_is_cut_with_its_end_token_last():
 
 @pytest.mark.parametrize("captions", [["a dog", None], ["a dog", float("nan")], [[], ["a dog"]]])
 def test_missing_captions_are_named(captions):
+    """F16: None and NaN are named by their row."""
     rows = [{"image": picture("red"), "text": text} for text in captions]
     with pytest.raises(ValueError, match="row [01] of this batch .*: it has no caption"):
         ImageTextCollator(tiny_processor())(rows)
 
 
 def test_a_batch_of_broken_rows_is_one_sentence():
+    """F04: a batch of which nothing is left names the first row."""
     rows = [{"image": None, "text": "a dog"}] * 2
     with pytest.raises(ValueError, match="None of the 2 rows of this batch can be read; the first: row 0"):
         ImageTextCollator(tiny_processor(), strict=False)(rows)
@@ -455,6 +469,7 @@ def test_a_batch_of_broken_rows_is_one_sentence():
     ],
 )
 def test_wrong_columns_are_named_with_those_there_are(columns, sentence):
+    """F05: a column of another name is no KeyError."""
     with pytest.raises(ValueError, match=sentence):
         ImageTextCollator(tiny_processor(), **columns)([{"img": picture("red"), "caption": "a"}])
 
@@ -483,6 +498,7 @@ def stock_trainer(output_dir, **arguments) -> Trainer:
 
 
 def test_the_stock_trainer_trains_and_evaluates(tmp_path):
+    """F05: raw columns reach the collator with the documented argument."""
     trainer = stock_trainer(tmp_path, remove_unused_columns=False)
     before = trainer.model.state_dict()["visual_projection.weight"].clone()
     trainer.train()
@@ -494,6 +510,7 @@ def test_the_stock_trainer_trains_and_evaluates(tmp_path):
 
 
 def test_the_stock_trainer_with_its_defaults_says_what_to_set(tmp_path):
+    """F05: without it, one sentence names the argument and the columns."""
     with pytest.raises(ValueError, match="(caption, img|img, caption).*remove_unused_columns=False"):
         stock_trainer(tmp_path).train()
 

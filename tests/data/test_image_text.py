@@ -427,6 +427,7 @@ CAPTIONS = {
 
 @pytest.mark.parametrize(("value", "expected"), CAPTIONS.values(), ids=CAPTIONS)
 def test_captions_of_a_cell(value, expected):
+    """F16: an empty cell is a broken row with a name."""
     row = {"image": picture("red"), "caption": value}
     columns = Columns("image", "caption")
     assert columns.captions(row) == expected
@@ -438,6 +439,7 @@ def test_captions_of_a_cell(value, expected):
 
 
 def test_a_csv_with_empty_cells_and_many_captions(tmp_path):
+    """F16: rows with empty cells are skipped and named."""
     save_pictures(tmp_path)
     (tmp_path / "rows.csv").write_text(
         'image,caption\nred.png,\ngreen.png,"[""a green square"", ""a leaf""]"\n,a blue square\nyellow.png,"  "\n'
@@ -473,6 +475,7 @@ def damaged(tmp_path):
 
 
 def test_broken_rows_are_skipped_and_named(damaged):
+    """F04: no picture and a truncated JPEG cost their rows, and no caption moves."""
     skipped = {}
     rows = list(open_rows(damaged).readable(skipped))
     assert [colour_of(row.image) for row in rows] == [name for i, name in enumerate(NAMES) if i not in (3, 5)]
@@ -483,6 +486,7 @@ def test_broken_rows_are_skipped_and_named(damaged):
 
 
 def test_broken_rows_stop_a_strict_reader(damaged):
+    """F04: the error tells which row."""
     rows = open_rows(damaged)
     with pytest.raises(ValueError, match="row 3: The picture is missing"):
         list(rows.readable({}, strict=True))
@@ -491,6 +495,7 @@ def test_broken_rows_stop_a_strict_reader(damaged):
 
 
 def test_held_out_rows_keep_their_numbers(damaged):
+    """F04: a row keeps its name when rows are held out."""
     named = {}
     for part in open_rows(damaged).split_off(0.5):
         list(part.readable(named))
@@ -498,6 +503,7 @@ def test_held_out_rows_keep_their_numbers(damaged):
 
 
 def test_rows_are_named_by_their_own_id_or_file(tmp_path):
+    """F04: a row is named by what the user knows it by."""
     rows = [
         {"image_id": 17, "image": "gone.png", "caption": "a"},
         {"image_id": None, "image": "gone.png", "caption": "a"},
@@ -510,6 +516,7 @@ def test_rows_are_named_by_their_own_id_or_file(tmp_path):
 
 
 def test_a_broken_row_crosses_processes():
+    """F04: the name of the row survives a worker."""
     error = pickle.loads(pickle.dumps(BrokenRow("row 3", "no picture")))
     assert (error.row, error.reason, str(error)) == ("row 3", "no picture", "row 3: no picture")
     assert str(BrokenRow("said elsewhere")) == "said elsewhere"
@@ -536,6 +543,7 @@ def sideways(path: Path) -> None:
 
 @pytest.mark.parametrize("embedded", [False, True])
 def test_a_phone_photo_stands_upright(tmp_path, embedded):
+    """F01: the tensor and the size are those of the upright copy, from files and from bytes."""
     sideways(tmp_path)
     names = ["sideways.jpg", "upright.png"]
     images = [(tmp_path / name).read_bytes() if embedded else name for name in names]
@@ -552,6 +560,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def test_metadata_that_is_no_text_does_not_matter(tmp_path):
+    """F01: a PNG whose XMP is not UTF-8 is read."""
     whole = encoded(noise(1))
     xmp = png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta>\xff\xfe\x80</x:xmpmeta>")
     end_of_header = 8 + 12 + 13

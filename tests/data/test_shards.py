@@ -49,6 +49,7 @@ def read(args: DataArguments) -> tuple[list, dict[str, str]]:
 
 
 def test_a_missing_text_or_picture_costs_its_row(tmp_path):
+    """F04: a shard's sample without picture or caption is skipped and named."""
     samples = [sample(name) for name in NAMES]
     samples[1], samples[2], samples[6] = (
         sample("green", txt=None),

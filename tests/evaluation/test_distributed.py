@@ -24,6 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_processes_equal_one_and_count_every_sample_once(folder, rank):
+    """F11: padding with repeated samples, or a split gallery, would change a metric."""
     results = json.loads((folder / f"rank{rank}.json").read_text())
     for count in COUNTS:
         assert results[str(count)] == evaluate(count)
@@ -31,5 +32,6 @@ def test_two_processes_equal_one_and_count_every_sample_once(folder, rank):
 
 
 def test_metrics_of_two_processes_do_not_meet_and_leave_no_file(folder):
+    """F11: each process scores its own samples."""
     assert [json.loads((folder / f"rank{rank}.json").read_text())["accuracy"] for rank in (0, 1)] == [0.5, 1]
     assert [path for path in (folder / "caches").rglob("*") if path.is_file()] == []

@@ -76,6 +76,7 @@ def test_dropout_is_off_and_no_graph_is_kept(clip):
 
 
 def test_a_half_precision_model_gives_float32_of_unit_length(clip):
+    """F14: the processor's float32 pixels suit a model in bfloat16."""
     model, processor = small_clip()
     exact = embed_images(model, processor, noise(4), progress=False)
     rough = embed_images(model.to(torch.bfloat16), processor, noise(4), progress=False)

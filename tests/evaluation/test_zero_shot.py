@@ -104,6 +104,12 @@ def test_the_texts_of_a_class_are_a_list():
         build_classifier(*small_clip(), ["a cat"])
 
 
+def test_a_class_text_beyond_the_context_is_cut():
+    """F15: it does not fail the evaluation."""
+    whole, cut = (build_classifier(*small_clip(), [["cat " * words]], progress=False) for words in (200, 12))
+    torch.testing.assert_close(whole, cut)
+
+
 def test_a_real_clip_end_to_end():
     model, processor = small_clip()
     pictures, labels = noise(6), [0, 1, 2, 0, 1, 0]

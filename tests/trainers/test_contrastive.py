@@ -36,6 +36,12 @@ def test_loss_is_the_sum_of_both_terms(tmp_path):
     torch.testing.assert_close(loss, expected)
 
 
+def test_raw_columns_reach_the_collator(tmp_path):
+    """F05: the trainer's own arguments never drop the columns of raw pictures."""
+    arguments = ContrastiveTrainingArguments(output_dir=str(tmp_path), use_cpu=True, remove_unused_columns=True)
+    assert not arguments.remove_unused_columns
+
+
 def test_matrices_decay_and_nothing_else():
     model = tiny_clip()
     decayed = set(decay_parameter_names(model))
@@ -84,6 +90,7 @@ def test_log_names_both_losses_and_the_temperature(tmp_path):
 
 
 def test_checkpoint_prepares_its_own_inputs(tmp_path):
+    """F07: a checkpoint folder alone opens as processor and model."""
     tokenizer = MMClipTokenizer.train_from_iterator(["a cat", "a dog"], vocab_size=520, model_max_length=6)
     size = {"height": 16, "width": 16}
     processor = MMClipProcessor(MMClipImageProcessorPil(size={"shortest_edge": 16}, crop_size=size), tokenizer)
@@ -108,6 +115,7 @@ def test_checkpoint_prepares_its_own_inputs(tmp_path):
 
 
 def test_a_tokenizer_alone_is_warned_about(tmp_path, caplog):
+    """F07: a tokenizer in place of the processor cannot prepare pictures."""
     tokenizer = MMClipTokenizer.train_from_iterator(["a cat"], vocab_size=514, model_max_length=6)
     arguments = ContrastiveTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with caplog.at_level("WARNING"):
@@ -121,6 +129,7 @@ def test_a_tokenizer_alone_is_warned_about(tmp_path, caplog):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_are_refused(tmp_path, dtype):
+    """F18: Adam on half-precision weights ends in NaN or stands still."""
     arguments = ContrastiveTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match="dtype=torch.float32 and pass bf16=True"):
         ContrastiveTrainer(model=tiny_clip().to(dtype), args=arguments, train_dataset=Pairs())
@@ -165,6 +174,7 @@ def test_evaluation_reports_a_loss_with_a_smaller_last_batch(tmp_path):
 
 
 def test_skipped_rows_are_collected_and_kept_from_the_model(tmp_path):
+    """F04: what the collator left out reaches the run's summary."""
     trainer = toy_trainer(str(tmp_path))
     batch = collate([Pairs()[i] for i in range(4)])
     loss = trainer.compute_loss(copy.deepcopy(trainer.model).eval(), {**batch, "skipped": [("row 3", "no picture")]})

@@ -70,6 +70,7 @@ def run(script, *arguments, cache: Path, launcher=(sys.executable,)) -> subproce
 
 
 def test_own_pictures_are_trained_on_evaluated_and_opened(tmp_path, pictures):
+    """F04 among others: a broken picture is skipped, counted and named."""
     output_dir = tmp_path / "run"
     arguments = [recipe(tmp_path), "--source", pictures, "--output_dir", output_dir]
     done = run("training/train_clip.py", *arguments, cache=tmp_path / "cache")
@@ -187,6 +188,7 @@ def test_two_processes_equal_one(tmp_path, pictures):
 
 
 def test_strict_stops_at_the_broken_row(tmp_path, pictures):
+    """F04: in strict mode a broken picture ends the run and is named."""
     arguments = [recipe(tmp_path), "--source", pictures, "--output_dir", tmp_path / "run", "--strict", "true"]
     stopped = run("training/train_clip.py", *arguments, cache=tmp_path / "cache")
     assert stopped.returncode == 1

@@ -99,6 +99,7 @@ def test_the_original_order_of_conversion_for_other_modes(mode):
 
 
 def test_grey_arrays_equal_the_grey_image():
+    """F02: every grey form equals the PIL image in mode L."""
     grey = noise(28, 28)[..., 0]
     processor = MMClipImageProcessorPil(size=16)
     expected = processor(Image.fromarray(grey)).pixel_values[0]
@@ -109,6 +110,7 @@ def test_grey_arrays_equal_the_grey_image():
 
 
 def test_four_channel_arrays_equal_the_image_with_alpha():
+    """F02: four channels equal the PIL image in mode RGBA."""
     rgba = noise(28, 28, 4)
     processor = MMClipImageProcessorPil(size=16)
     np.testing.assert_array_equal(processor(rgba).pixel_values, processor(Image.fromarray(rgba, "RGBA")).pixel_values)
@@ -126,6 +128,7 @@ def test_a_batch_equals_its_pictures_one_by_one():
 @pytest.mark.parametrize("resize", [True, False])
 @pytest.mark.parametrize("as_tensor", [True, False])
 def test_floats_within_one_equal_the_integers(resize, as_tensor):
+    """F03: floats in 0..1 equal the integers, resized or not."""
     integers = noise(48, 40) if resize else noise(32, 32)
     floats = np.float32(integers) / 255
     floats = torch.from_numpy(floats).permute(2, 0, 1) if as_tensor else floats
@@ -136,12 +139,14 @@ def test_floats_within_one_equal_the_integers(resize, as_tensor):
 
 
 def test_floats_that_are_not_resized_keep_their_precision():
+    """F03: floats in 0..1 are not brought to 0..255 on the way."""
     floats = RNG.random((3, 8, 8), dtype=np.float32)
     processor = MMClipImageProcessorPil(size=8, do_rescale=False, do_normalize=False)
     np.testing.assert_array_equal(processor(floats).pixel_values[0], floats)
 
 
 def test_floats_up_to_255_are_rescaled():
+    """F03: floats in 0..255 are divided once."""
     integers = noise(48, 40)
     processor = MMClipImageProcessorPil(size=32)
     np.testing.assert_array_equal(
@@ -150,11 +155,13 @@ def test_floats_up_to_255_are_rescaled():
 
 
 def test_floats_within_one_are_not_divided_by_255_again():
+    """F03: a second division is refused, not black pictures given back."""
     with pytest.raises(ValueError, match="Image 1: .*do_rescale=False"):
         MMClipImageProcessorPil()([noise(9, 9), np.float32(noise(9, 9)) / 255])
 
 
 def test_black_float_pictures_pass():
+    """F03: a picture that is black is no second division."""
     values = MMClipImageProcessorPil(size=8, do_normalize=False)(np.zeros((9, 9, 3))).pixel_values
     assert not np.any(values)
 
@@ -212,6 +219,7 @@ def test_pictures_of_several_sizes_stay_a_list_or_are_refused():
     ],
 )
 def test_the_bad_picture_of_a_batch_is_named(images, error, words):
+    """F02, F04: a missing picture, or one of two channels, is named by its place."""
     with pytest.raises(error, match=words):
         MMClipImageProcessorPil()(images)
 

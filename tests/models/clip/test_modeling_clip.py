@@ -452,6 +452,7 @@ def test_the_oracle_of_the_contract_is_transformers_clip(theirs):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vision", ["mm_clip_vision", "mm_vit"])
 def test_half_precision_takes_float32_pictures(dtype, vision, tmp_path):
+    """F14, F18: pictures are cast to the weights, and nothing overflows."""
     model = MMClipModel(clip_config(model_type=vision)).eval()
     model.save_pretrained(tmp_path)
     half = MMClipModel.from_pretrained(tmp_path, dtype=dtype)
@@ -469,7 +470,7 @@ def test_half_precision_takes_float32_pictures(dtype, vision, tmp_path):
 
 
 def test_long_positions_stay_exact_in_bfloat16():
-    """Positions are ids: in bfloat16 257 would become 256."""
+    """F14: Positions are ids: in bfloat16 257 would become 256."""
     model = tiny_text(max_position_embeddings=300).to(torch.bfloat16)
     ids, _ = texts(300)
     rows = torch.arange(300)[None]

@@ -66,6 +66,7 @@ def test_options_reach_the_parts(processor):
 
 
 def test_a_cast_leaves_whole_numbers_alone(processor):
+    """F14: a cast reaches the pixels and no id."""
     batch = processor(IMAGES, ["a cat"] * 3)
     ids = batch.input_ids.clone()
     cast = batch.to(torch.bfloat16)
@@ -75,6 +76,7 @@ def test_a_cast_leaves_whole_numbers_alone(processor):
 
 
 def test_long_texts_are_cut_by_default(processor, caplog):
+    """F15: the end token stays last, and there is one warning."""
     logging.Logger.warning_once.cache_clear()
     batch = processor(text=["cat " * 200, "a cat"])
     assert batch.input_ids.shape == (2, 16)
@@ -86,6 +88,7 @@ def test_long_texts_are_cut_by_default(processor, caplog):
 @pytest.mark.parametrize("return_tensors", ["pt", "np", None])
 @pytest.mark.parametrize("text", ["cat " * 20, ["a", "cat " * 20]])
 def test_long_texts_are_refused_on_request(processor, text, return_tensors):
+    """F15: without truncation both lengths are named."""
     with pytest.raises(ValueError, match="22 tokens exceeds the context of 16"):
         processor(text=text, truncation=False, return_tensors=return_tensors)
     assert len(processor(text="cat " * 14, truncation=False, padding=False, return_tensors=None)["input_ids"]) == 16
@@ -93,6 +96,7 @@ def test_long_texts_are_refused_on_request(processor, text, return_tensors):
 
 @pytest.mark.parametrize("missing", [None, float("nan")])
 def test_missing_texts_and_pictures_are_named(processor, missing):
+    """F04, F16: a missing text or picture is named by its row."""
     with pytest.raises(ValueError, match="Text 1 is"):
         processor(IMAGES[:2], ["a dog", missing])
     with pytest.raises((ValueError, TypeError), match="Image 1: "):
@@ -100,6 +104,7 @@ def test_missing_texts_and_pictures_are_named(processor, missing):
 
 
 def test_empty_batches_are_refused(processor):
+    """F16: an empty list is one sentence."""
     with pytest.raises(ValueError, match="list of texts is empty"):
         processor(IMAGES, [])
     with pytest.raises(ValueError, match="list of images is empty"):

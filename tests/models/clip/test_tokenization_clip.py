@@ -121,11 +121,13 @@ CLEANED = [
 
 @pytest.mark.parametrize("text", PLAIN + CLEANED)
 def test_ids_equal_the_original_algorithm(tokenizer, text):
+    """F19: words are split as the original splits them."""
     original = OriginalTokenizer(merges_of(tokenizer))
     assert tokenizer(text, truncation=False)["input_ids"] == original(text)
 
 
 def test_ids_equal_the_original_algorithm_on_random_text(tokenizer):
+    """F19: also where nobody would write it."""
     original = OriginalTokenizer(merges_of(tokenizer))
     ranges = [(0, 0x500), (0x1E00, 0x2C00), (0x3000, 0x3200), (0xFB00, 0xFB07), (0xFF00, 0xFF80), (0x1F300, 0x1F700)]
     letters = [chr(code) for low, high in ranges for code in range(low, high)]
@@ -139,11 +141,13 @@ def test_ids_equal_the_original_algorithm_on_random_text(tokenizer):
 
 @pytest.mark.parametrize("text", [text for text in PLAIN if text.strip()])
 def test_ids_equal_transformers_on_plain_text(tokenizer, text):
+    """F19: the ids are those of the reference tokenizer."""
     theirs = CLIPTokenizer(vocab=tokenizer.get_vocab(), merges=merges_of(tokenizer))
     assert tokenizer(text, truncation=False)["input_ids"] == theirs(text)["input_ids"]
 
 
 def test_every_character_is_covered(tokenizer):
+    """F19: no character is dropped."""
     for text in ["file_name_3d", "A\n'll 11p223RF☆ho!!to?", "__", "½ Ⅳ ²", "naïve résumé", "\u0345x 𐍈 ͵"]:
         decoded = tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True)
         assert decoded.replace(" ", "") == re.sub(r"\s", "", clean_text(text))
@@ -168,6 +172,7 @@ PUBLISHED = importlib.util.find_spec("open_clip")
 
 @pytest.mark.skipif(PUBLISHED is None, reason="needs the vocabulary file that open_clip ships")
 def test_the_published_vocabulary():
+    """F19: ids with the published vocabulary."""
     path = Path(PUBLISHED.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
     tokenizer = MMClipTokenizer.from_bpe_file(path)
     original = OriginalTokenizer(merges_of(tokenizer))
@@ -255,6 +260,7 @@ def test_vocabularies_that_miss_bytes_are_refused():
 
 
 def test_long_texts_are_cut_with_the_end_token_last_and_one_warning(tokenizer, caplog):
+    """F15: a long text costs its end, not the run."""
     logging.Logger.warning_once.cache_clear()
     whole = tokenizer("a cat " * 200, truncation=False)["input_ids"]
     assert len(whole) == 402
@@ -309,6 +315,7 @@ def test_another_padding_token_is_refused(tokenizer):
     ],
 )
 def test_what_is_no_text_is_refused(tokenizer, text, words):
+    """F16: None and NaN are named by their row."""
     with pytest.raises(ValueError, match=words):
         tokenizer(text)
 
@@ -327,10 +334,12 @@ def test_columns_of_text_are_lists(tokenizer):
 
 
 def test_blank_texts_are_start_and_end(tokenizer):
+    """F16: empty and blank texts are texts."""
     assert tokenizer(["", "   "])["input_ids"] == [[tokenizer.bos_token_id, tokenizer.eos_token_id]] * 2
 
 
 def test_without_ftfy_the_rest_of_the_cleaning_stays_with_one_warning(tokenizer, monkeypatch, caplog):
+    """F19: the absence of ftfy is told once."""
     monkeypatch.setitem(sys.modules, "ftfy", None)
     tokenization_clip._text_fixer.cache_clear()
     with caplog.at_level(logging.WARNING):

@@ -76,6 +76,7 @@ def test_black_and_white_become_minus_one_and_one(antialias):
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("resize", [True, False])
 def test_floats_within_one_equal_the_integers(antialias, resize):
+    """F03: floats in 0..1 equal the integers, resized or not."""
     integers = noise(48, 40) if resize else noise(32, 32)
     processor = MMViTImageProcessorPil(size=32, antialias=antialias, do_resize=resize)
     np.testing.assert_allclose(
@@ -84,6 +85,30 @@ def test_floats_within_one_equal_the_integers(antialias, resize):
         rtol=0,
         atol=1e-6,
     )
+
+
+def test_floats_within_one_are_not_divided_by_255_again():
+    """F03: a second division is refused, not black pictures given back."""
+    with pytest.raises(ValueError, match="Image 1: .*do_rescale=False"):
+        MMViTImageProcessorPil()([noise(9, 9), np.float32(noise(9, 9)) / 255])
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_arrays_equal_the_image_they_stand_for(antialias):
+    """F02: every grey form equals the PIL image in mode L, and four channels the one in mode RGBA."""
+    grey, rgba = noise(28, 28)[..., 0], RNG.integers(0, 256, (28, 28, 4), dtype=np.uint8)
+    processor = MMViTImageProcessorPil(size=16, antialias=antialias)
+    expected = processor(Image.fromarray(grey).convert("RGB")).pixel_values[0]
+    for values in processor([grey, torch.from_numpy(grey), grey[..., None], grey[None]]).pixel_values:
+        np.testing.assert_array_equal(values, expected)
+    np.testing.assert_array_equal(processor(rgba).pixel_values, processor(Image.fromarray(rgba[..., :3])).pixel_values)
+
+
+def test_a_cast_reaches_the_pixels():
+    """F14: what a model in half precision is fed can be cast where it is made."""
+    batch = MMViTImageProcessorPil(size=16)(noise(20, 20), return_tensors="pt")
+    pixels = batch.pixel_values
+    assert torch.equal(batch.to(torch.bfloat16).pixel_values, pixels.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("antialias", [True, False])

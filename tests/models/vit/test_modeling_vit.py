@@ -4,6 +4,7 @@ from contract.cases import PICTURE, largest_error
 from contract.oracles import vit_trunk_oracle
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForImageClassification
+from transformers.utils import logging as transformers_logging
 
 from hf_mm.models.vit.configuration_vit import MMViTConfig
 from hf_mm.models.vit.modeling_vit import MMViTForImageClassification, MMViTModel
@@ -157,6 +158,7 @@ def assert_same_body(model, opened):
 
 
 def test_three_classes_out_of_ten_replace_the_head_alone(ten_classes):
+    """F20: the body stays bit-equal and the new head is zero."""
     model, folder = ten_classes
     opened, info = AutoModelForImageClassification.from_pretrained(
         folder, num_labels=3, ignore_mismatched_sizes=True, output_loading_info=True
@@ -169,6 +171,7 @@ def test_three_classes_out_of_ten_replace_the_head_alone(ten_classes):
 
 
 def test_three_classes_out_of_ten_are_refused_unless_allowed(ten_classes, caplog):
+    """F20: the tensors that do not fit are listed, the head's alone."""
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForImageClassification.from_pretrained(ten_classes[1], num_labels=3)
     report = [line.split("|")[0].strip() for line in caplog.text.splitlines() if "MISMATCH |" in line]
@@ -176,6 +179,7 @@ def test_three_classes_out_of_ten_are_refused_unless_allowed(ten_classes, caplog
 
 
 def test_no_classes_give_the_pooled_features(ten_classes):
+    """F20: zero classes are no head."""
     model, folder = ten_classes
     opened = AutoModelForImageClassification.from_pretrained(folder, num_labels=0)
     assert_same_body(model, opened)
@@ -187,11 +191,13 @@ def test_no_classes_give_the_pooled_features(ten_classes):
 
 
 def test_labels_without_classes_are_refused():
+    """F20: without a head there is no loss."""
     with pytest.raises(ValueError, match="num_labels|labels"):
         tiny(MMViTForImageClassification, num_labels=0)(pixels(32, 32), labels=torch.tensor([0, 0, 0]))
 
 
 def test_the_trunk_opens_from_a_classifier_and_the_reverse(ten_classes):
+    """F20: the bare backbone loads every tensor but the head's."""
     model, folder = ten_classes
     trunk, info = AutoModel.from_pretrained(folder, output_loading_info=True)
     assert type(trunk) is MMViTModel
@@ -211,6 +217,7 @@ def test_the_trunk_opens_from_a_classifier_and_the_reverse(ten_classes):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("stem", ["patch", "conv"])
 def test_half_precision_takes_float32_pictures(dtype, stem, tmp_path):
+    """F14: pictures are cast to the weights."""
     model = MMViTModel(MMViTConfig(**PICTURE, stem=stem, stem_num_groups=4)).eval()
     pictures = pixels(48, 40)
     model.save_pretrained(tmp_path)
@@ -222,3 +229,13 @@ def test_half_precision_takes_float32_pictures(dtype, stem, tmp_path):
     reference = model(pictures, interpolate_pos_encoding=True).pooler_output
     assert largest_error(outputs.pooler_output.float(), reference) <= (2e-2 if dtype == torch.bfloat16 else 5e-3)
     assert torch.equal(half(pictures.to(dtype), interpolate_pos_encoding=True).pooler_output, outputs.pooler_output)
+
+
+def test_training_on_float16_weights_is_warned_of(caplog):
+    """F18: Adam's eps of 1e-8 is zero in float16."""
+    model = MMViTModel(MMViTConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16))
+    transformers_logging.warning_once.cache_clear()
+    transformers_logging.enable_propagation()
+    model.half().eval().train()
+    transformers_logging.disable_propagation()
+    assert "open the model with dtype=torch.float32" in caplog.text
