@@ -16,7 +16,7 @@ import hf_mm  # noqa: F401 - registers the models
 torch.set_num_threads(1)
 
 for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir()):
-    raw = torch.load(folder / "raw.pt", weights_only=False)
+    raw = torch.load(folder / "raw.pt")
     config = transformers.AutoConfig.from_pretrained(folder)
     model, info = getattr(transformers, raw["auto_class"]).from_pretrained(folder, output_loading_info=True)
     prepare = transformers.AutoProcessor.from_pretrained(folder)
