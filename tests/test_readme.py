@@ -62,7 +62,9 @@ def test_figures_come_from_the_results_file():
     summary = json.loads((ROOT / "training/results/clip_emoji.json").read_text())
     readme = (ROOT / "README.md").read_text()
     assert markdown(summary) in readme
-    assert f"seeds {', '.join(map(str, summary['seeds']))}" in readme
+    threads = [machine["threads"] for machine in summary["machines"]]
+    for seed, number in zip(summary["seeds"], threads, strict=True):
+        assert f"seed {seed} on {number} thread" in " ".join(readme.split())
     assert f"{summary['steps']:,} steps" in readme
 
 

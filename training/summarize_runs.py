@@ -23,7 +23,7 @@ def summarize(folders: list[Path]) -> dict:
         "seeds": seeds,
         "steps": runs[0]["training"]["steps"],
         "parameters": runs[0]["training"]["parameters"],
-        "machine": runs[0]["machine"],
+        "machines": [run["machine"] for run in runs],
         "cells": {},
     }
     for cell in RESULTS:
@@ -38,7 +38,7 @@ def summarize(folders: list[Path]) -> dict:
 
 
 def markdown(summary: dict) -> str:
-    """The table: mean over seeds, the worst seed in brackets."""
+    """The table: mean over runs, the worst in brackets."""
     lines = [
         "| picture → caption, % | captions | R@1 | R@10 | chance R@1 / R@10 | nearest pixels R@1 / R@10 |",
         "|---|---|---|---|---|---|",
