@@ -172,7 +172,11 @@ def build_model(args: ModelArguments, tokenizer: MMClipTokenizer) -> PreTrainedM
 
 
 def evaluate(model: PreTrainedModel, processor: MMClipProcessor, data: Data, skipped: dict[str, str]) -> dict:
-    """Metrics of a trained model on what it was not trained on, with chance and baselines beside them."""
+    """Metrics of a trained model on what it was not trained on, with chance beside them.
+
+    For the bundled pictures the nearest-pixel baseline stands beside them too; a user's held-out captions are new, and
+    pixels have no answer to those.
+    """
     if data.args.source == "emoji":
         return {
             "size_normalized": evaluate_emoji(model, processor, normalize_size=True),

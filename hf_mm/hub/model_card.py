@@ -12,6 +12,8 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, StrictUndefined
 from transformers import PreTrainedModel
 
+from ..evaluation.formatting import format_percent
+
 EMOJI = "emoji"  # the source of the bundled pictures
 RECALLS = {
     f"{direction}_r{k}": (f"recall_at_{k}", f"{name} R@{k}")
@@ -90,7 +92,7 @@ def build_model_card(
         eval_results=list(_eval_results(evaluations, source)) or None,
     )
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "cell": _table_cell}
+    environment.filters |= {"percent": format_percent, "cell": _table_cell}
     text = environment.from_string(find_template(template).read_text(encoding="utf-8")).render(
         model_name=model_name,
         config=model.config,
@@ -170,12 +172,6 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, _public_name(value) if "/" in value else value
         elif value is not None:
             yield prefix + name, value
-
-
-def _percent(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.2f}" if 0 < value < 1 else f"{value:.1f}"
 
 
 def _table_cell(value: Any) -> str:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..data.emoji import STYLES, load_emoji
 from ..evaluation.embeddings import embed_images, embed_texts, inference
+from ..evaluation.formatting import format_percent
 from ..evaluation.retrieval import right_texts, shared_captions
 from .figures import (
     plot_attention,
@@ -307,7 +308,7 @@ def _kinds(metrics: dict[str, Any]) -> Section:
                 [
                     [
                         f"{_capital(description)}\n{table[split]['images']:,} pictures",
-                        *(_percent(table[split][key]) for key in keys),
+                        *(format_percent(table[split][key]) for key in keys),
                     ]
                     for split, description in CELLS.items()
                 ],
@@ -378,10 +379,4 @@ def _capital(text: str) -> str:
 
 
 def _both_forms(value: float | None, original: float | None) -> str:
-    return f"{_percent(value)}\n{_percent(original)}"
-
-
-def _percent(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.2f}" if 0 < value < 1 else f"{value:.1f}"
+    return f"{format_percent(value)}\n{format_percent(original)}"

@@ -82,7 +82,7 @@ def test_a_half_precision_model_gives_float32_of_unit_length(clip):
     rough = embed_images(model.to(torch.bfloat16), processor, noise(4), progress=False)
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough.norm(dim=1), torch.ones(4))
-    torch.testing.assert_close(rough, exact, rtol=0, atol=0.05)
+    assert (rough - exact).abs().max() <= 2e-2 * exact.abs().max()
 
 
 @pytest.mark.parametrize(
