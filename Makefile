@@ -3,14 +3,24 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .venv-peers
+PEERS_STAMP := $(PEERS)/.installed
 WORKERS ?= auto
+TORCHVISION_TESTS := tests/test_image_utils.py tests/models/clip/test_image_processing_clip.py tests/models/vit/test_image_processing_vit.py
 
-.PHONY: demo demo-smoke test lint format clean
+.PHONY: demo demo-smoke test test-peers lint format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.11 ...' if sys.version_info < (3, 11) else 0)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+# A second environment with the libraries that ours are compared with; they would change the first.
+$(PEERS_STAMP): pyproject.toml constraints.txt constraints-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-peers.txt
 	touch $@
 
 demo: $(STAMP)
@@ -25,6 +35,10 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n $(WORKERS) -m "not gpu and not slow"
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+# Ours against the live peers, and the image processors that need torchvision.
+test-peers: $(PEERS_STAMP)
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -n $(WORKERS) tests/peers $(TORCHVISION_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
