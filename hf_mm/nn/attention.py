@@ -48,12 +48,24 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=qkv_bias)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
-        """``(B, T, D)`` to ``(B, T, D)`` and, with the eager kernel, the weights ``(B, H, T, T)``."""
-        per_head = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(per_head).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(per_head).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        asking: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """Lets every token, or those that ask, look at all tokens.
+
+        Args:
+            hidden_states: ``(B, T, D)``, what is looked at.
+            asking: ``(B, Q, D)``, what looks; by default all of `hidden_states`.
+
+        Returns:
+            ``(B, Q, D)`` and, with the eager kernel, the weights ``(B, H, Q, T)``.
+        """
+        query = self._per_head(self.q_proj(hidden_states if asking is None else asking))
+        key, value = self._per_head(self.k_proj(hidden_states)), self._per_head(self.v_proj(hidden_states))
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         mixed, weights = attend(
@@ -67,3 +79,6 @@ class Attention(nn.Module):
             **kwargs,
         )
         return self.out_proj(mixed.flatten(2)), weights
+
+    def _per_head(self, projected: torch.Tensor) -> torch.Tensor:
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

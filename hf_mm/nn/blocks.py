@@ -50,11 +50,26 @@ class TransformerBlock(GradientCheckpointingLayer):
         self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position: int | torch.Tensor | None = None,
+        **kwargs,
     ) -> torch.Tensor:
-        attended, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
+        """``(B, T, D)`` to ``(B, T, D)``, or to ``(B, 1, D)`` where only the token at `position` is wanted."""
+        normed, asking = self.layer_norm1(hidden_states), None
+        if position is not None:
+            asking, hidden_states = token_at(normed, position), token_at(hidden_states, position)
+        attended, _ = self.self_attn(normed, attention_mask, asking, **kwargs)
         hidden_states = hidden_states + self.drop_path(self.dropout(attended))
         return hidden_states + self.drop_path(self.mlp(self.layer_norm2(hidden_states)))
+
+
+def token_at(hidden_states: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
+    """``(B, T, D)`` to ``(B, 1, D)``: the token at one position, or at one ``(B,)`` for each row."""
+    if isinstance(position, int):
+        return hidden_states[:, position : position + 1]
+    return hidden_states.take_along_dim(position[:, None, None], dim=1)
 
 
 class TransformerEncoder(nn.Module):
@@ -70,8 +85,24 @@ class TransformerEncoder(nn.Module):
         )
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position: int | torch.Tensor | None = None,
+        last_mask: torch.Tensor | None = None,
+        **kwargs,
     ) -> torch.Tensor:
-        for layer in self.layers:
+        """``(B, T, D)`` to ``(B, T, D)``, or to ``(B, 1, D)`` where only the token at `position` is wanted.
+
+        Nothing reads the other tokens of the last block, so of these it computes keys and values alone: exact, and
+        less work by most of a block.
+
+        Args:
+            position: of the one token, for all rows or ``(B,)`` for each.
+            last_mask: attention mask of that token, ``(B, 1, 1, T)``.
+        """
+        for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
-        return hidden_states
+        if position is None:
+            return self.layers[-1](hidden_states, attention_mask, **kwargs)
+        return self.layers[-1](hidden_states, last_mask, position, **kwargs)

@@ -44,6 +44,14 @@ class MMPreTrainedModel(PreTrainedModel):
             )
         return super().train(mode)
 
+    def _pools_alone(self, pooled_only: bool, kwargs: dict) -> bool:
+        """Whether only the pooled token is wanted: not where hidden states or attention maps are recorded."""
+        recorded = [
+            kwargs.get(name, getattr(self.config, name, None))
+            for name in ("output_hidden_states", "output_attentions")
+        ]
+        return pooled_only and all(record is None or record is False for record in recorded)
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
         # For classes outside transformers the base class passes over modules without parameters of their own, such as
         # Attention, to protect loaded weights. transformers.initialization protects them one by one.

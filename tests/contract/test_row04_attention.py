@@ -84,3 +84,16 @@ def test_nothing_is_recorded_unasked(case):
     assert all(
         tower.get("hidden_states") is None and tower.get("attentions") is None for tower in towers(case, outputs)
     )
+
+
+@EVERY
+def test_flex_attention_equals_eager(case):
+    """Forward alone: its backward does not exist on CPUs."""
+    model, batch = case.build(), case.batch(3)
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        reference = case.read(model(**batch), batch)
+        model.set_attn_implementation("flex_attention")
+        answer = case.read(model(**batch), batch)
+    for name, value in reference.items():
+        assert largest_error(answer[name], value) <= 1e-5, name

@@ -11,7 +11,7 @@ from transformers import AutoModel
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ...losses.contrastive import at_least_float32, image_text_contrastive_loss
 from ...nn.attention import Attention
-from ...nn.blocks import MLP, TransformerEncoder
+from ...nn.blocks import MLP, TransformerEncoder, token_at
 from ...nn.patches import patch_grid, to_pair
 from ...nn.positions import resize_position_table
 from ...nn.pretrained import MMPreTrainedModel
@@ -39,8 +39,9 @@ class MMClipOutput(ModelOutput):
         logits_per_text: its transpose.
         text_embeds: ``(num_texts, projection_dim)`` of unit length.
         image_embeds: ``(num_images, projection_dim)`` of unit length.
-        text_model_output: of the text tower (its tokens end at the longest text's end token).
-        vision_model_output: of the picture tower.
+        text_model_output, vision_model_output: of the towers. Their `last_hidden_state` is there only where
+            ``output_hidden_states=True`` or ``output_attentions=True`` asks for more than embeddings (the text's
+            tokens end at the longest text's end token); otherwise the last block computes the pooled token alone.
     """
 
     loss: torch.Tensor | None = None
@@ -165,6 +166,7 @@ class MMClipTextModel(MMClipPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pooling_positions: torch.Tensor | None = None,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encodes texts.
@@ -176,6 +178,8 @@ class MMClipTextModel(MMClipPreTrainedModel):
             inputs_embeds: ``(B, T, D)`` in place of `input_ids`, positions not yet added.
             pooling_positions: ``(B,)``, the token that stands for the text. By default the first end token of
                 `input_ids`; with `inputs_embeds`, the last token that `attention_mask` keeps.
+            pooled_only: compute no token that `pooler_output` does not need and return no `last_hidden_state`; without
+                effect where hidden states or attention maps are asked for.
 
         Returns:
             `last_hidden_state` ``(B, T, D)`` after the final norm, `pooler_output` ``(B, D)``.
@@ -199,10 +203,27 @@ class MMClipTextModel(MMClipPreTrainedModel):
             cache=None,
             position_ids=None,
         )
+        if self._pools_alone(pooled_only, kwargs):
+            last_mask = self._mask_of(pooling_positions, attention_mask, hidden_states)
+            hidden_states = self.encoder(hidden_states, mask, pooling_positions, last_mask, **kwargs)
+            return BaseModelOutputWithPooling(pooler_output=self.final_layer_norm(hidden_states)[:, 0])
         hidden_states = self.final_layer_norm(self.encoder(hidden_states, mask, **kwargs))
-        rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=hidden_states, pooler_output=hidden_states[rows, pooling_positions]
+        pooled = token_at(hidden_states, pooling_positions)[:, 0]
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    def _mask_of(
+        self, positions: torch.Tensor, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor
+    ) -> torch.Tensor | None:
+        """What the token at each position looks at: those up to itself that `attention_mask` keeps."""
+        steps = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        seen = steps <= positions[:, None]
+        if attention_mask is not None:
+            seen = seen & attention_mask.bool()
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden_states[:, :1],
+            encoder_hidden_states=hidden_states,
+            attention_mask=seen,
         )
 
     def end_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -309,6 +330,7 @@ class MMClipVisionModel(MMClipPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool = False,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encodes pictures.
@@ -316,6 +338,8 @@ class MMClipVisionModel(MMClipPreTrainedModel):
         Args:
             pixel_values: ``(B, C, H, W)``, normalised.
             interpolate_pos_encoding: accept any H and W that patches tile; the position table follows.
+            pooled_only: compute no token that `pooler_output` does not need and return no `last_hidden_state`; without
+                effect where hidden states or attention maps are asked for.
 
         Returns:
             `last_hidden_state` ``(B, 1 + N, D)`` (not normed), `pooler_output` ``(B, D)`` (the normed class token).
@@ -324,9 +348,10 @@ class MMClipVisionModel(MMClipPreTrainedModel):
             ValueError: pictures of another size or number of channels than the config says.
         """
         hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))
-        hidden_states = self.encoder(hidden_states, **kwargs)
+        alone = self._pools_alone(pooled_only, kwargs)
+        hidden_states = self.encoder(hidden_states, position=0 if alone else None, **kwargs)
         return BaseModelOutputWithPooling(
-            last_hidden_state=hidden_states, pooler_output=self.post_layernorm(hidden_states[:, 0])
+            last_hidden_state=None if alone else hidden_states, pooler_output=self.post_layernorm(hidden_states[:, 0])
         )
 
 
@@ -368,7 +393,8 @@ class MMClipModel(MMClipPreTrainedModel):
             input_ids: ``(B, T)``; the other arguments are those of `MMClipTextModel.forward`.
 
         Returns:
-            The text tower's output, `pooler_output` ``(B, projection_dim)``, not yet of unit length.
+            The text tower's output with `pooler_output` ``(B, projection_dim)``, not yet of unit length, and with
+            tokens only where hidden states or attention maps are asked for.
         """
         if input_ids is not None and pooling_positions is None:
             pooling_positions = self.text_model.end_positions(input_ids)
@@ -384,6 +410,7 @@ class MMClipModel(MMClipPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             pooling_positions=pooling_positions,
+            pooled_only=True,
             **kwargs,
         )
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
@@ -403,10 +430,11 @@ class MMClipModel(MMClipPreTrainedModel):
             interpolate_pos_encoding: accept any H and W that patches tile.
 
         Returns:
-            The picture tower's output, `pooler_output` ``(B, projection_dim)``, not yet of unit length.
+            The picture tower's output with `pooler_output` ``(B, projection_dim)``, not yet of unit length, and with
+            tokens only where hidden states or attention maps are asked for.
         """
         outputs = self.vision_model(
-            pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+            pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, pooled_only=True, **kwargs
         )
         outputs.pooler_output = self.visual_projection(outputs.pooler_output)
         return outputs

@@ -120,6 +120,7 @@ class MMViTModel(MMViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool = False,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encodes pictures.
@@ -127,6 +128,9 @@ class MMViTModel(MMViTPreTrainedModel):
         Args:
             pixel_values: ``(B, C, H, W)``, normalised.
             interpolate_pos_encoding: accept any H and W that patches tile; the position table follows.
+            pooled_only: compute no token that `pooler_output` does not need and return no `last_hidden_state`; without
+                effect where hidden states or attention maps are asked for, or with mean
+                pooling, which needs every token.
             kwargs: ``output_hidden_states`` (True, or a list of indices such as ``[-2]`` for those layers alone) and
                 ``output_attentions``, among others.
 
@@ -138,11 +142,12 @@ class MMViTModel(MMViTPreTrainedModel):
             ValueError: pictures of another size or number of channels than the config says.
         """
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
-        hidden_states = self.layernorm(self.encoder(hidden_states, **kwargs))
+        alone = self.config.pooling == "cls" and self._pools_alone(pooled_only, kwargs)
+        hidden_states = self.layernorm(self.encoder(hidden_states, position=0 if alone else None, **kwargs))
         pooled = hidden_states[:, 0] if self.config.pooling == "cls" else hidden_states.mean(dim=1)
         if self.pre_logits is not None:
             pooled = torch.tanh(self.pre_logits(pooled))
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+        return BaseModelOutputWithPooling(last_hidden_state=None if alone else hidden_states, pooler_output=pooled)
 
 
 class MMViTForImageClassification(MMViTPreTrainedModel):
@@ -177,7 +182,7 @@ class MMViTForImageClassification(MMViTPreTrainedModel):
         """
         if labels is not None and not self.config.num_labels:
             raise ValueError("this model has no classes (num_labels=0), so labels have no loss: leave them out.")
-        outputs = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        outputs = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, pooled_only=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return ImageClassifierOutput(

@@ -144,7 +144,7 @@ def test_padding_to_the_context_costs_nothing_and_changes_nothing(filler):
     long, long_mask = texts(4, 9, 6, length=16, filler=filler)
     reference = model.get_text_features(short, mask)
     for arguments in ((long, long_mask), (long, None), (short, None)):
-        outputs = model.get_text_features(*arguments)
+        outputs = model.get_text_features(*arguments, output_hidden_states=True)
         assert outputs.last_hidden_state.shape == (3, 9, 32)
         torch.testing.assert_close(outputs.pooler_output, reference.pooler_output, rtol=1e-12, atol=1e-12)
 
@@ -171,6 +171,43 @@ def test_a_mask_with_a_hole_hides_what_transformers_hides(kernel):
     without = model(ids).pooler_output
     assert torch.equal(ours[2], without[2])
     assert not torch.isclose(ours[:2], without[:2]).all(1).any()
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("hole", [False, True])
+def test_the_pooled_token_alone_is_the_same_text(kernel, hole):
+    model = tiny_text()
+    model.set_attn_implementation(kernel)
+    ids, mask = texts(6, 9, 7)
+    if hole:
+        mask[0, 2] = mask[1, 4:6] = 0
+    for arguments in ((ids, mask), (ids, None)):
+        every, alone = (model(*arguments, pooled_only=only) for only in (False, True))
+        assert largest_error(alone.pooler_output, every.pooler_output) <= 1e-12
+        assert alone.last_hidden_state is None
+
+
+def test_the_pooled_token_alone_is_the_same_picture():
+    torch.manual_seed(0)
+    model = perturbed(MMClipVisionModel(MMClipVisionConfig(**PICTURE))).double()
+    every, alone = (model(pixels(32, 32), pooled_only=only) for only in (False, True))
+    assert largest_error(alone.pooler_output, every.pooler_output) <= 1e-12
+    assert alone.last_hidden_state is None
+
+
+def test_the_last_block_computes_the_pooled_token_alone():
+    model, tokens = tiny_clip(), []
+    for tower in (model.vision_model, model.text_model):
+        for block in tower.encoder.layers:
+            block.mlp.register_forward_pre_hook(lambda module, args: tokens.append(args[0].shape[1]))
+    inputs = {"pixel_values": pixels(32, 32), "input_ids": texts(6, 9, 7)[0]}
+    alone = model(**inputs)
+    assert tokens == [17, 1, 9, 1]
+    every = model(**inputs, output_hidden_states=True)
+    assert tokens[4:] == [17, 17, 9, 9]
+    assert every.text_model_output.last_hidden_state.shape == (3, 9, 32)
+    assert every.vision_model_output.last_hidden_state.shape == (3, 17, 48)
+    torch.testing.assert_close(alone.logits_per_image, every.logits_per_image, rtol=1e-12, atol=1e-12)
 
 
 def test_positions_can_be_given():

@@ -184,10 +184,18 @@ def test_no_classes_give_the_pooled_features(ten_classes):
     opened = AutoModelForImageClassification.from_pretrained(folder, num_labels=0)
     assert_same_body(model, opened)
     pictures = pixels(32, 32)
-    assert torch.equal(opened(pictures).logits, model.vit(pictures).pooler_output)
+    assert torch.equal(opened(pictures).logits, model.vit(pictures, pooled_only=True).pooler_output)
     opened.save_pretrained(folder / "headless")
     again = AutoModelForImageClassification.from_pretrained(folder / "headless")
     assert torch.equal(again(pictures).logits, opened(pictures).logits)
+
+
+@pytest.mark.parametrize("changes", [{}, {"pre_logits": True}, {"pooling": "mean", "stem": "conv"}])
+def test_the_pooled_token_alone_is_the_same(changes):
+    model = tiny(**changes).double()
+    every, alone = (model(pixels(32, 32).double(), pooled_only=only) for only in (False, True))
+    assert largest_error(alone.pooler_output, every.pooler_output) <= 1e-12
+    assert alone.last_hidden_state is None
 
 
 def test_labels_without_classes_are_refused():

@@ -1,0 +1,165 @@
+"""Names that are easily confused: can a model tell a woman from a man, or three o'clock from nine?"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..data.emoji import load_emoji
+from ..data.emoji import normalize_size as fit_to_frame
+from .embeddings import embed_images, embed_texts
+from .metrics import retrieval_ranks
+from .pixels import embed_pixels
+from .retrieval import right_texts
+
+PARTS = {  # name: splits of the pictures
+    "train": ("train",),
+    "unseen": ("cell", "val", "concept"),
+    "style": ("style",),
+    "both": ("val_style", "both"),
+}
+SUBGROUPS = {  # name: (subgroup, what its captions hold)
+    "clock_faces": ("time", "o’clock|thirty"),
+    "moon_phases": ("sky-weather", r"\bmoon\b"),
+    "keycaps": ("keycap", ""),
+    "zodiac": ("zodiac", ""),
+    "hearts": ("heart", ""),
+    "geometric": ("geometric", ""),
+    "arrows": ("arrow", ""),
+}
+SETS = ("gender", *SUBGROUPS, "skin_tones")
+
+
+def hard_negative_sets() -> dict[str, list[list[str]]]:
+    """The captions that are hard to tell apart, read off the columns of the bundled emoji.
+
+    Returns:
+        For each name of `SETS` a list of galleries; the captions of one gallery are to be told apart.
+
+        - ``"gender"``: 76 families of people with a man and a woman, most of them with a person ("cook", "man cook",
+          "woman cook"). Larger families differ in more than gender and are left out.
+        - ``"clock_faces"`` (24), ``"moon_phases"`` (13), ``"keycaps"`` (13), ``"zodiac"`` (13), ``"hearts"`` (25),
+          ``"geometric"`` (34) and ``"arrows"`` (21): one gallery each.
+        - ``"skin_tones"``: 330 people and hands, each without a tone and in light, medium and dark.
+    """
+    return _sets(load_emoji("all", skin_tones=True))
+
+
+def _sets(emoji) -> dict[str, list[list[str]]]:
+    columns = ("hexcode", "base", "caption", "group", "subgroup", "family", "gender", "skin_tone")
+    rows = emoji.select_columns(list(columns)).to_list()
+    concepts = list({row["hexcode"]: row for row in rows}.values())
+    families, tones, subgroups = defaultdict(list), defaultdict(list), defaultdict(list)
+    for concept in concepts:
+        tones[concept["base"]].append(concept["caption"])
+        if concept["skin_tone"] == 0:
+            subgroups[concept["subgroup"]].append(concept["caption"])
+            if concept["group"] == "people-body":
+                families[concept["family"]].append(concept)
+    return {
+        "gender": [
+            [member["caption"] for member in family]
+            for family in families.values()
+            if len(family) <= 3 and {"male", "female"} <= {member["gender"] for member in family}
+        ],
+        **{
+            name: [[caption for caption in subgroups[subgroup] if re.search(pattern, caption)]]
+            for name, (subgroup, pattern) in SUBGROUPS.items()
+        },
+        "skin_tones": [captions for captions in tones.values() if len(captions) > 1],
+    }
+
+
+def evaluate_hard_negatives(
+    model: nn.Module, processor: Any, normalize_size: bool = True, batch_size: int = 256, progress: bool = True
+) -> dict[str, Any]:
+    """Names each picture of `hard_negative_sets` among the captions of its own gallery.
+
+    Ties count against the model. Pictures that one artist draws pixel for pixel alike under several captions of a
+    gallery (OpenMoji's "cook" and "man cook") are not asked for. With `normalize_size`, sizes that a name tells ("large
+    blue diamond") are gone from the picture.
+
+    The pixel baseline scores a caption by the most similar training picture under it (`embed_pixels`). It is None where
+    a picture is asked for whose caption has no training picture, and trivially 100 on ``"train"``.
+
+    The bundled data have three of the five skin tones, so a picture is named among 4 captions. In ``"skin_tones"``, the
+    part is that of the picture without a tone: training on ``load_emoji("train")`` sees neither toned pictures nor their
+    captions, and there a model that ignores tones reaches chance.
+
+    Args:
+        model: `MMClipModel`, or alike.
+        processor: its processor.
+        normalize_size: drawings of one size, see `hf_mm.data.emoji.normalize_size`; False for the originals.
+        batch_size, progress: see `embed_images`.
+
+    Returns:
+        Ready for JSON. For each name of `SETS`, the counts ``galleries`` and ``captions`` and a dict for each part:
+        ``"train"`` (memory, not a result), ``"unseen"`` (the training artists, on known concepts left out for this
+        artist and on new ones), ``"style"`` (known concepts by OpenMoji) and ``"both"`` (new concepts by OpenMoji); new
+        ones are those of validation and test. It holds the count ``images`` and the percentages ``accuracy``,
+        ``chance`` and ``pixels_accuracy``, which are None where there is nothing to ask. ``"normalize_size"`` is there
+        too.
+    """
+    emoji = load_emoji("all", skin_tones=True)
+    sets = _sets(emoji)
+    texts = list(dict.fromkeys(text for galleries in sets.values() for gallery in galleries for text in gallery))
+    used = emoji.select(np.flatnonzero(np.isin(emoji["caption"][:], texts)))
+    images = [fit_to_frame(image) if normalize_size else image for image in used["image"]]
+    labels = {name: np.array(used[name][:]) for name in ("split", "style", "caption", "skin_tone")}
+    looks = np.array([hash((style, image.tobytes())) for style, image in zip(labels["style"], images, strict=True)])
+    image_embeds, pixels = embed_images(model, processor, images, batch_size, progress), embed_pixels(images)
+    text_embeds = dict(zip(texts, embed_texts(model, processor, texts, batch_size, progress), strict=True))
+    trained = (labels["split"] == "train") & (labels["skin_tone"] == 0)
+    rows_of = defaultdict(list)
+    for row, caption in enumerate(labels["caption"].tolist()):
+        rows_of[caption].append(row)
+
+    def name_pictures(gallery: list[str]) -> dict[str, np.ndarray]:
+        """Every picture that is asked for, with its split, whether it was named right, and chance."""
+        rows = np.concatenate([rows_of[caption] for caption in gallery])
+        _, look, alike = np.unique(looks[rows], return_inverse=True, return_counts=True)
+        rows = rows[alike[look] == 1]
+        captions = labels["caption"][rows]
+        positives = right_texts([[caption] for caption in captions], gallery)
+        similarity = image_embeds[rows] @ torch.stack([text_embeds[text] for text in gallery]).T
+        nearest = torch.full((len(rows), len(gallery)), -1.0)
+        for column, caption in enumerate(gallery):
+            pictures = [row for row in rows_of[caption] if trained[row]]
+            if pictures:
+                nearest[:, column] = (pixels[rows] @ pixels[pictures].T).amax(dim=1)
+        known = np.isin(captions, labels["caption"][trained])
+        return {
+            "split": labels["split"][rows],
+            "hit": (retrieval_ranks(similarity, positives) == 1).numpy(),
+            "chance": np.full(len(rows), 1 / len(gallery)),
+            "pixels": np.where(known, (retrieval_ranks(nearest, positives) == 1).numpy(), np.nan),
+        }
+
+    results = {}
+    for name, galleries in sets.items():
+        named = [name_pictures(gallery) for gallery in galleries]
+        named = {key: np.concatenate([one[key] for one in named]) for key in named[0]}
+        results[name] = {
+            "galleries": len(galleries),
+            "captions": sum(map(len, galleries)),
+            **{part: _part(named, np.isin(named["split"], splits)) for part, splits in PARTS.items()},
+        }
+    return {**results, "normalize_size": normalize_size}
+
+
+def _part(named: dict[str, np.ndarray], asked: np.ndarray) -> dict[str, float | int | None]:
+    def percent(values: np.ndarray) -> float | None:
+        mean = 100 * float(values[asked].mean()) if asked.any() else np.nan
+        return None if np.isnan(mean) else mean
+
+    return {
+        "images": int(asked.sum()),
+        "accuracy": percent(named["hit"]),
+        "chance": percent(named["chance"]),
+        "pixels_accuracy": percent(named["pixels"]),
+    }
