@@ -178,6 +178,27 @@ class RGBImageProcessorPil(AnyPictureMixin, PilBackend):
     precision; one within 0..1 is refused while `do_rescale` would divide it by 255 again.
     """
 
+    def fit(self, image: Any) -> torch.Tensor:
+        """Resizes and crops one picture by the processor's own settings: ``(3, n, n)`` uint8, not yet normalised.
+
+        What calling the processor without rescaling and normalising gives, at a fifth of its cost beside resizing: for
+        loaders that keep or change pictures at the model's size, and call `normalize_levels` on whole batches.
+        """
+        options = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
+        options |= {"do_rescale": False, "do_normalize": False, "return_tensors": None}
+        pictures = self._prepare_image_like_inputs([image], **options)
+        (pixels,) = self._preprocess(pictures, **options)["pixel_values"]
+        return torch.from_numpy(pixels if pixels.dtype == np.uint8 else np.rint(pixels).astype(np.uint8))
+
+    def normalize_levels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Rescales and normalises ``(B, 3, H, W)`` by the processor's own settings; floats count as rescaled already."""
+        is_rescaled = pixels.is_floating_point() or not self.do_rescale
+        pixels = pixels.float() if is_rescaled else pixels.float() / (1 / self.rescale_factor)
+        if self.do_normalize:
+            mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
+            pixels = (pixels - mean) / std
+        return pixels
+
     def resize(
         self, image: Image.Image | np.ndarray, size: SizeDict, resample: int | None = None, **kwargs
     ) -> Image.Image | np.ndarray:
@@ -210,7 +231,9 @@ class RGBImageProcessorPil(AnyPictureMixin, PilBackend):
         for image in images:
             pixels = channels_first(self.resize(image, size, resample) if do_resize else image)
             pictures.append(self.center_crop(pixels, crop_size) if do_center_crop else pixels)
-        pixel_values = _room_for(pictures, one_block=return_tensors is not None)
+        levels = not (do_rescale or do_normalize) and all(pixels.dtype == np.uint8 for pixels in pictures)
+        dtype = np.uint8 if levels else np.float32
+        pixel_values = _room_for(pictures, dtype, one_block=return_tensors is not None)
         for values, pixels in zip(pixel_values, pictures, strict=True):
             values[...] = pixels
             if do_rescale:
@@ -278,15 +301,15 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _room_for(pictures: list[np.ndarray], one_block: bool) -> np.ndarray | list[np.ndarray]:
-    """Allocates float32 arrays of the pictures' shapes, one block where they agree: then the batch is never copied."""
+def _room_for(pictures: list[np.ndarray], dtype: type, one_block: bool) -> np.ndarray | list[np.ndarray]:
+    """Allocates arrays of the pictures' shapes, one block where they agree: then the batch is never copied."""
     shapes = {pixels.shape for pixels in pictures}
     if len(shapes) == 1:
-        return np.empty((len(pictures), *shapes.pop()), np.float32)
+        return np.empty((len(pictures), *shapes.pop()), dtype)
     if one_block:
         sizes = ", ".join(sorted(f"{height}x{width}" for _, height, width in shapes))
         raise ValueError(f"Pictures of sizes {sizes} do not make one tensor: resize them or pass return_tensors=None.")
-    return [np.empty(pixels.shape, np.float32) for pixels in pictures]
+    return [np.empty(pixels.shape, dtype) for pixels in pictures]
 
 
 def _leaves(images: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -6,6 +6,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import benchmarks.torchvision_schemas  # noqa: F401 - before anything imports transformers
+
+# isort: split
 import pytest
 import torch
 

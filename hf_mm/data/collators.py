@@ -12,6 +12,7 @@ import torch
 from datasets import IterableDataset as HFIterableDataset
 from transformers.utils import logging
 
+from ..image_utils import RGBImageProcessorPil
 from .augment import NUM_DRAWS, ImageAugmentation
 from .image_text import BrokenRow, Columns, ImageText, ImageTextRows, any_caption, find_id_column, stable_id
 from .sampling import Draw
@@ -23,6 +24,8 @@ TextOf = Callable[[ImageText, Random], str]
 
 def at_model_size(image: Any, image_processor: Any) -> torch.Tensor:
     """A picture as the processor resizes and crops it, before it normalises: ``(3, n, n)`` uint8."""
+    if isinstance(image_processor, RGBImageProcessorPil):
+        return image_processor.fit(image)
     outputs = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
     return torch.from_numpy(np.rint(outputs["pixel_values"][0]).astype(np.uint8))
 
@@ -190,12 +193,14 @@ class ContrastiveCollator:
 
     def _pixel_values(self, samples: list[dict[str, Any]]) -> torch.Tensor:
         pixels = torch.stack([sample["pixels"] for sample in samples])
-        options = {}
+        image_processor, options = self.processor.image_processor, {}
         if self.augmentation is not None:
             draws = torch.tensor([sample["draws"] for sample in samples])
             may_flip = torch.tensor([sample["may_flip"] for sample in samples])
             pixels, options = self.augmentation(pixels, draws, may_flip), {"do_rescale": False}
-        return self.processor.image_processor(
+        if isinstance(image_processor, RGBImageProcessorPil):
+            return image_processor.normalize_levels(pixels)
+        return image_processor(
             list(pixels),
             do_resize=False,
             do_center_crop=False,

@@ -68,7 +68,7 @@ class TransformerBlock(GradientCheckpointingLayer):
 def token_at(hidden_states: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
     """``(B, T, D)`` to ``(B, 1, D)``: the token at one position, or at one ``(B,)`` for each row."""
     if isinstance(position, int):
-        return hidden_states[:, position : position + 1]
+        return hidden_states[:, position : position + 1].contiguous()
     return hidden_states.take_along_dim(position[:, None, None], dim=1)
 
 

@@ -35,6 +35,13 @@ class MMPreTrainedModel(PreTrainedModel):
                 "copy or download them again."
             ) from error
 
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs):
+        """See `transformers.PreTrainedModel`. With ``use_reentrant=True`` embeddings require gradients, or none would
+        reach adapters behind pictures."""
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            self.enable_input_require_grads()
+
     def train(self, mode: bool = True):
         """See `torch.nn.Module.train`. Warns of float16 weights, in which Adam's default eps is zero."""
         if mode and self.dtype == torch.float16:

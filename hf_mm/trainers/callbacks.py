@@ -26,7 +26,8 @@ class ClampLogitScale(TrainerCallback):
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if (logit_scale := find_logit_scale(model)) is not None:
+        logit_scale = find_logit_scale(model)
+        if logit_scale is not None and logit_scale.requires_grad:
             logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
 
 

@@ -45,6 +45,13 @@ class AtomicCheckpoints:
                 for file in aside.iterdir():
                     os.replace(file, output_dir / file.name)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "an adapter put in by add_adapter cannot be resumed: wrap the model with peft.get_peft_model instead."
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # resumed from the last checkpoint of a run
             self.control.should_training_stop = True

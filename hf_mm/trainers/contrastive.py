@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..losses.contrastive import supervised_contrastive_loss
 from .callbacks import ClampLogitScale, RunRecord, find_logit_scale
 from .checkpointing import AtomicCheckpoints
-from .optim import decay_parameter_names, refuse_half_precision
+from .optim import decay_parameter_names, refuse_half_precision, refuse_unsaved_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -54,12 +54,14 @@ class ContrastiveTrainer(AtomicCheckpoints, Trainer):
             A dataset with ``is_split_by_rank`` is a stream that gives every rank its own part.
 
     Raises:
-        ValueError: trainable weights are in half precision, in which Adam's update underflows.
+        ValueError: trainable weights are in half precision, in which Adam's update underflows, or stand beside an
+            adapter that does not save them.
     """
 
     def __init__(self, *args, processing_class=None, train_batch_sampler=None, **kwargs):
         super().__init__(*args, processing_class=processing_class, **kwargs)
         refuse_half_precision(self.model)
+        refuse_unsaved_parameters(self.model)
         if isinstance(processing_class, PreTrainedTokenizerBase):
             logger.warning(
                 "processing_class is a tokenizer: checkpoints will not be able to prepare pictures; "

@@ -32,3 +32,18 @@ def refuse_half_precision(model: nn.Module) -> None:
                 f"{name} is {str(parameter.dtype).removeprefix('torch.')} and trainable: open the model with "
                 "dtype=torch.float32 and pass bf16=True (or fp16=True) to train in mixed precision."
             )
+
+
+def refuse_unsaved_parameters(model: nn.Module) -> None:
+    """Raises ValueError where a trainable weight beside an adapter is not in the adapter's file, which alone is saved."""
+    if not hasattr(model, "peft_config"):
+        return
+    from peft import get_peft_model_state_dict
+
+    saved = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model).values()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.data_ptr() not in saved:
+            raise ValueError(
+                f"{name} is trainable but no part of the adapter, whose file alone is saved: freeze it, or train its "
+                "module whole with modules_to_save."
+            )

@@ -230,7 +230,8 @@ class MMClipTextModel(MMClipPreTrainedModel):
         """``(B,)``: where each row's first end token stands.
 
         Raises:
-            ValueError: a row has none, or begins with it and goes on: it is padded on the left.
+            ValueError: an id is beyond the vocabulary, a row has no end token, or begins with it and goes on: it is
+                padded on the left.
         """
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be (batch, tokens), but its shape is {tuple(input_ids.shape)}.")
@@ -238,6 +239,11 @@ class MMClipTextModel(MMClipPreTrainedModel):
         positions = is_end.int().argmax(dim=1)
         if torch.compiler.is_compiling():
             return positions
+        if (highest := int(input_ids.max())) >= self.config.vocab_size:
+            raise ValueError(
+                f"input_ids holds id {highest}, but the model's vocabulary has {self.config.vocab_size}: after adding "
+                "tokens call model.resize_token_embeddings(len(tokenizer))."
+            )
         if not is_end.any(dim=1).all():
             row = int(is_end.any(dim=1).int().argmin())
             raise ValueError(

@@ -278,3 +278,25 @@ def test_the_torchvision_twin_is_within_two_grey_levels(size):
     levels = 255 * (twin.pixel_values - ours.pixel_values).abs()
     assert levels.max() < 2.01
     assert levels.mean() < 0.3
+
+
+@pytest.mark.parametrize("size", [(37, 61), (90, 45), (32, 32), (20, 24)])
+@pytest.mark.parametrize("settings", [{}, {"do_center_crop": False, "size": {"height": 24, "width": 30}}])
+def test_fitting_and_then_normalising_levels_is_what_calling_does(size, settings):
+    random = np.random.default_rng(3)
+    picture = Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8))
+    processor = MMClipImageProcessorPil(**{"size": 32, **settings})
+    levels = processor.fit(picture)
+    assert levels.dtype == torch.uint8
+    called = processor(picture, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor.normalize_levels(levels[None]), called)
+    rescaled = processor.normalize_levels(levels[None].float() / 255)
+    torch.testing.assert_close(rescaled, called, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1 / 127.5}])
+def test_normalising_levels_keeps_to_the_settings(settings):
+    picture = Image.new("RGB", (40, 40), (10, 128, 250))
+    processor = MMClipImageProcessorPil(size=32, **settings)
+    called = processor(picture, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor.normalize_levels(processor.fit(picture)[None]), called)
