@@ -16,7 +16,7 @@ from .pixels import SIDE, embed_pixels
 from .robustness import clip_accuracy, effective_robustness
 from .zero_shot import build_classifier
 
-SHIFTS = {  # name: (split by the known artists, the same concepts by the new one)
+SHIFTS = {  # name: (split by the training artists, split by the new one)
     "known_concepts": ("cell", "style"),
     "new_concepts": ("concept", "both"),
 }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import nn
 
 from ..data.emoji import load_emoji
@@ -15,7 +17,6 @@ from ..data.emoji import normalize_size as fit_to_frame
 from .embeddings import embed_images, embed_texts
 from .metrics import retrieval_ranks
 from .pixels import embed_pixels
-from .retrieval import right_texts
 
 PARTS = {  # name: splits of the pictures
     "train": ("train",),
@@ -50,12 +51,10 @@ def hard_negative_sets() -> dict[str, list[list[str]]]:
     return _sets(load_emoji("all", skin_tones=True))
 
 
-def _sets(emoji) -> dict[str, list[list[str]]]:
-    columns = ("hexcode", "base", "caption", "group", "subgroup", "family", "gender", "skin_tone")
-    rows = emoji.select_columns(list(columns)).to_list()
-    concepts = list({row["hexcode"]: row for row in rows}.values())
+def _sets(emoji: Dataset) -> dict[str, list[list[str]]]:
+    concepts = {row["hexcode"]: row for row in emoji.remove_columns("image").to_list()}
     families, tones, subgroups = defaultdict(list), defaultdict(list), defaultdict(list)
-    for concept in concepts:
+    for concept in concepts.values():
         tones[concept["base"]].append(concept["caption"])
         if concept["skin_tone"] == 0:
             subgroups[concept["subgroup"]].append(concept["caption"])
@@ -87,9 +86,10 @@ def evaluate_hard_negatives(
     The pixel baseline scores a caption by the most similar training picture under it (`embed_pixels`). It is None where
     a picture is asked for whose caption has no training picture, and trivially 100 on ``"train"``.
 
-    The bundled data have three of the five skin tones, so a picture is named among 4 captions. In ``"skin_tones"``, the
-    part is that of the picture without a tone: training on ``load_emoji("train")`` sees neither toned pictures nor their
-    captions, and there a model that ignores tones reaches chance.
+    ``"skin_tones"`` gives the emoji and asks for its tone: none, light, medium or dark (the bundled data leave out two of
+    the five). The part of a picture is that of its emoji. Training on ``load_emoji("train")``, as the
+    recipes do, sees neither a toned picture nor its caption, so there ``"train"`` is memory of the drawing without a
+    tone only. A model that ignores tones reaches chance.
 
     Args:
         model: `MMClipModel`, or alike.
@@ -108,41 +108,12 @@ def evaluate_hard_negatives(
     emoji = load_emoji("all", skin_tones=True)
     sets = _sets(emoji)
     texts = list(dict.fromkeys(text for galleries in sets.values() for gallery in galleries for text in gallery))
-    used = emoji.select(np.flatnonzero(np.isin(emoji["caption"][:], texts)))
-    images = [fit_to_frame(image) if normalize_size else image for image in used["image"]]
-    labels = {name: np.array(used[name][:]) for name in ("split", "style", "caption", "skin_tone")}
-    looks = np.array([hash((style, image.tobytes())) for style, image in zip(labels["style"], images, strict=True)])
-    image_embeds, pixels = embed_images(model, processor, images, batch_size, progress), embed_pixels(images)
-    text_embeds = dict(zip(texts, embed_texts(model, processor, texts, batch_size, progress), strict=True))
-    trained = (labels["split"] == "train") & (labels["skin_tone"] == 0)
-    rows_of = defaultdict(list)
-    for row, caption in enumerate(labels["caption"].tolist()):
-        rows_of[caption].append(row)
-
-    def name_pictures(gallery: list[str]) -> dict[str, np.ndarray]:
-        """Every picture that is asked for, with its split, whether it was named right, and chance."""
-        rows = np.concatenate([rows_of[caption] for caption in gallery])
-        _, look, alike = np.unique(looks[rows], return_inverse=True, return_counts=True)
-        rows = rows[alike[look] == 1]
-        captions = labels["caption"][rows]
-        positives = right_texts([[caption] for caption in captions], gallery)
-        similarity = image_embeds[rows] @ torch.stack([text_embeds[text] for text in gallery]).T
-        nearest = torch.full((len(rows), len(gallery)), -1.0)
-        for column, caption in enumerate(gallery):
-            pictures = [row for row in rows_of[caption] if trained[row]]
-            if pictures:
-                nearest[:, column] = (pixels[rows] @ pixels[pictures].T).amax(dim=1)
-        known = np.isin(captions, labels["caption"][trained])
-        return {
-            "split": labels["split"][rows],
-            "hit": (retrieval_ranks(similarity, positives) == 1).numpy(),
-            "chance": np.full(len(rows), 1 / len(gallery)),
-            "pixels": np.where(known, (retrieval_ranks(nearest, positives) == 1).numpy(), np.nan),
-        }
+    emoji = emoji.select(np.flatnonzero(np.isin(emoji["caption"][:], texts)))
+    pictures = _embed(model, processor, emoji, texts, normalize_size, batch_size, progress)
 
     results = {}
     for name, galleries in sets.items():
-        named = [name_pictures(gallery) for gallery in galleries]
+        named = [_name_pictures(pictures, gallery) for gallery in galleries]
         named = {key: np.concatenate([one[key] for one in named]) for key in named[0]}
         results[name] = {
             "galleries": len(galleries),
@@ -150,6 +121,64 @@ def evaluate_hard_negatives(
             **{part: _part(named, np.isin(named["split"], splits)) for part, splits in PARTS.items()},
         }
     return {**results, "normalize_size": normalize_size}
+
+
+@dataclass
+class _Pictures:
+    """The pictures of all sets, row by row, with what the model and the pixels say of them."""
+
+    split: np.ndarray
+    caption: np.ndarray
+    look: np.ndarray  # equal for identical pictures by one artist
+    trained: np.ndarray
+    images: torch.Tensor
+    pixels: torch.Tensor
+    texts: dict[str, torch.Tensor]
+
+
+def _embed(
+    model: nn.Module,
+    processor: Any,
+    emoji: Dataset,
+    texts: list[str],
+    normalize_size: bool,
+    batch_size: int,
+    progress: bool,
+) -> _Pictures:
+    images = [fit_to_frame(image) if normalize_size else image for image in emoji["image"]]
+    split, style, caption, tone = (np.array(emoji[name][:]) for name in ("split", "style", "caption", "skin_tone"))
+    return _Pictures(
+        split=split,
+        caption=caption,
+        look=np.array([hash((artist, image.tobytes())) for artist, image in zip(style, images, strict=True)]),
+        trained=(split == "train") & (tone == 0),
+        images=embed_images(model, processor, images, batch_size, progress),
+        pixels=embed_pixels(images),
+        texts=dict(zip(texts, embed_texts(model, processor, texts, batch_size, progress), strict=True)),
+    )
+
+
+def _name_pictures(pictures: _Pictures, gallery: list[str]) -> dict[str, np.ndarray]:
+    """The split of each picture asked for, whether model and pixels name it right (nan: they cannot), and chance."""
+    rows_of = [np.flatnonzero(pictures.caption == caption) for caption in gallery]
+    rows, right = np.concatenate(rows_of), np.repeat(np.arange(len(gallery)), [len(own) for own in rows_of])
+    _, look, alike = np.unique(pictures.look[rows], return_inverse=True, return_counts=True)
+    rows, right = rows[alike[look] == 1], torch.from_numpy(right[alike[look] == 1])
+    is_right = nn.functional.one_hot(right, len(gallery)).bool()
+
+    similarity = pictures.images[rows] @ torch.stack([pictures.texts[text] for text in gallery]).T
+    nearest = torch.full(similarity.shape, -1.0)
+    training = [own[pictures.trained[own]] for own in rows_of]
+    for column, own in enumerate(training):
+        if len(own):
+            nearest[:, column] = (pictures.pixels[rows] @ pictures.pixels[own].T).amax(dim=1)
+    can_answer = np.array([len(own) > 0 for own in training])[right]
+    return {
+        "split": pictures.split[rows],
+        "hit": (retrieval_ranks(similarity, is_right) == 1).numpy(),
+        "chance": np.full(len(rows), 1 / len(gallery)),
+        "pixels": np.where(can_answer, (retrieval_ranks(nearest, is_right) == 1).numpy(), np.nan),
+    }
 
 
 def _part(named: dict[str, np.ndarray], asked: np.ndarray) -> dict[str, float | int | None]:
