@@ -5,7 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import benchmarks.torchvision_schemas  # noqa: F401 - before anything imports transformers
+import benchmarks  # noqa: F401 - before anything imports transformers
 
 # isort: split
 import pytest

@@ -69,7 +69,7 @@ def token_at(hidden_states: torch.Tensor, position: int | torch.Tensor) -> torch
     """``(B, T, D)`` to ``(B, 1, D)``: the token at one position, or at one ``(B,)`` for each row."""
     if isinstance(position, int):
         return hidden_states[:, position : position + 1].contiguous()
-    return hidden_states.take_along_dim(position[:, None, None], dim=1)
+    return hidden_states.gather(1, position[:, None, None].expand(-1, -1, hidden_states.shape[-1]))
 
 
 class TransformerEncoder(nn.Module):

@@ -6,7 +6,7 @@ torchrun --nproc_per_node 2 -m peers.ranks FOLDER
 import sys
 from pathlib import Path
 
-import benchmarks.torchvision_schemas  # noqa: F401 - before torchvision
+import benchmarks  # noqa: F401 - before torchvision
 
 # isort: split
 import torch

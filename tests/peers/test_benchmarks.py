@@ -88,6 +88,7 @@ def test_a_target_needs_both_ratios():
 
 def test_a_quick_check_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.report.RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.report.matmul_peak", lambda *_: 1.0)
     for quick in (True, False):
         report = Report("name", "title", Namespace(device="cpu", dtype="float32", quick=True, rounds=1), [])
         report.add("speed", {"hf_mm": [1.0], "peer": [1.0]}, at_least=1.1, flops=1.0, share=0.7)

@@ -166,6 +166,8 @@ class MMClipConfig(_ReadsTransformersClip, PreTrainedConfig):
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="mm_clip_vision"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="mm_clip_text"),
     }
+    # Logits are of one batch's pictures and texts: they do not add up to a prediction of a data set.
+    keys_to_ignore_at_inference = ["logits_per_image", "logits_per_text", "text_model_output", "vision_model_output"]
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None

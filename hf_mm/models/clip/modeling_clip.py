@@ -35,7 +35,8 @@ class MMClipOutput(ModelOutput):
 
     Attributes:
         loss: scalar, where it was asked for and pictures and texts are equally many.
-        logits_per_image: ``(num_images, num_texts)`` scaled cosine similarities.
+        logits_per_image: ``(num_images, num_texts)`` scaled cosine similarities, in float32 also of a half-precision
+            model: at a scale of 100 a step of bfloat16 is half a logit.
         logits_per_text: its transpose.
         text_embeds: ``(num_texts, projection_dim)`` of unit length.
         image_embeds: ``(num_images, projection_dim)`` of unit length.
@@ -496,17 +497,17 @@ class MMClipModel(MMClipPreTrainedModel):
         scale = self.logit_scale.exp()
 
         loss = None
-        if return_loss and (self.training or len(image_embeds) == len(text_embeds)):
+        if return_loss and (self.training or image_embeds.shape[0] == text_embeds.shape[0]):
             gather = self.training if gather_loss is None else gather_loss
             loss = image_text_contrastive_loss(image_embeds, text_embeds, scale, image_ids, text_ids, gather=gather)
-        image_embeds, text_embeds = image_embeds.to(scale.dtype), text_embeds.to(scale.dtype)
-        logits_per_image = scale * image_embeds @ text_embeds.T
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            logits_per_image = scale * image_embeds @ text_embeds.T
         return MMClipOutput(
             loss=loss,
             logits_per_image=logits_per_image,
             logits_per_text=logits_per_image.T.contiguous(),
-            text_embeds=text_embeds,
-            image_embeds=image_embeds,
+            text_embeds=text_embeds.to(scale.dtype),
+            image_embeds=image_embeds.to(scale.dtype),
             text_model_output=text,
             vision_model_output=vision,
         )

@@ -23,6 +23,7 @@ START = "<|startoftext|>"
 END = "<|endoftext|>"
 WORD_END = "</w>"
 PUBLISHED_MERGES = 48_894
+PLAIN = re.compile(r"[ -%'-~\t\n\r]*")  # nothing to mend: printable ASCII without "&"
 SPLIT = r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -191,7 +192,8 @@ def clip_vocabulary(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
 
 def clean_text(text: str) -> str:
     """Mends, unescapes, collapses white space and lowers the case, as CLIP's training texts were cleaned."""
-    text = html.unescape(html.unescape(_text_fixer()(text)))
+    if not PLAIN.fullmatch(text):
+        text = html.unescape(html.unescape(_text_fixer()(text)))
     return re.sub(r"\s+", " ", text).strip().lower()
 
 

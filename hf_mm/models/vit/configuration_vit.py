@@ -42,6 +42,7 @@ class MMViTConfig(PreTrainedConfig):
     """
 
     model_type = "mm_vit"
+    keys_to_ignore_at_inference = ["hidden_states", "attentions"]
     base_config_key = "vision_config"
 
     hidden_size: int = 768

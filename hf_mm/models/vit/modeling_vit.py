@@ -184,10 +184,22 @@ class MMViTForImageClassification(MMViTPreTrainedModel):
             raise ValueError("this model has no classes (num_labels=0), so labels have no loss: leave them out.")
         outputs = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, pooled_only=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
-        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        loss = None if labels is None else self._loss(logits, labels)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss of `config.problem_type`, or of what the labels look like.
+
+        (transformers' own writes its guess into the config, which makes a compiled model compile again.)
+        """
+        problem = self.config.problem_type
+        if problem == "regression" or (problem is None and self.config.num_labels == 1):
+            return nn.functional.mse_loss(logits.reshape(labels.shape), labels.to(logits.dtype))
+        if problem == "multi_label_classification" or (problem is None and labels.is_floating_point()):
+            return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+        return nn.functional.cross_entropy(logits, labels)
 
 
 __all__ = ["MMViTForImageClassification", "MMViTModel", "MMViTPreTrainedModel"]

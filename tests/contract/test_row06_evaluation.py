@@ -1,0 +1,58 @@
+"""Row 6: what transformers' own Trainer hands to a metric function.
+
+F10 is about losses over tokens; no model here has one. Their losses are means over samples, and their accumulation is
+in test_row06_training.py.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from .cases import cases_for
+from .training import samples_of, trainer_for, with_loss
+
+WITH_LABELS = pytest.mark.parametrize("case", cases_for(6, lambda case: "labels" in case.inputs), ids=str)
+PAIRS = pytest.mark.parametrize(
+    "case", cases_for(6, lambda case: with_loss(case) and "labels" not in case.inputs), ids=str
+)
+RECORDED = pytest.mark.parametrize("recorded", [False, True], ids=["plain", "recording hidden states"])
+SAMPLES, BATCH = 5, 2
+
+
+def evaluated(case, folder, recorded: bool):
+    """What the metric function was given for five samples in batches of two, and the model."""
+    model, seen = case.build(), []
+    for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
+        config.output_hidden_states = recorded
+    trainer = trainer_for(case, folder, model=model, per_device_eval_batch_size=BATCH)
+    trainer.compute_metrics = lambda prediction: seen.append(prediction) or {}
+    assert np.isfinite(trainer.evaluate(samples_of(case.batch(SAMPLES)))["eval_loss"])
+    (prediction,) = seen
+    return model, prediction
+
+
+@WITH_LABELS
+@RECORDED
+def test_predictions_are_one_array_of_logits(case, recorded, tmp_path):
+    """F09: one row a sample, with its label, and no hidden state."""
+    model, prediction = evaluated(case, tmp_path, recorded)
+    batch = case.batch(SAMPLES)
+    assert isinstance(prediction.predictions, np.ndarray)
+    with torch.no_grad():
+        expected = model(**batch).logits
+    np.testing.assert_allclose(prediction.predictions, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(prediction.label_ids, batch["labels"])
+
+
+@PAIRS
+@RECORDED
+def test_predictions_of_pairs_are_their_embeddings(case, recorded, tmp_path):
+    """F09: one row a sample; logits among a batch's own pairs are no prediction, and towers' outputs neither."""
+    model, prediction = evaluated(case, tmp_path, recorded)
+    batch = case.batch(SAMPLES)
+    with torch.no_grad():
+        outputs = model(**batch)
+    assert len(prediction.predictions) == 2
+    for array, name in zip(prediction.predictions, ("text_embeds", "image_embeds"), strict=True):
+        assert isinstance(array, np.ndarray)
+        np.testing.assert_allclose(array, outputs[name], rtol=1e-4, atol=1e-5)

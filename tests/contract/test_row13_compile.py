@@ -1,0 +1,91 @@
+"""Row 13: torch compiles and exports whole models, which then answer as before."""
+
+import pytest
+import torch
+
+from .cases import cases_for
+
+EVERY = pytest.mark.parametrize("case", cases_for(13), ids=str)
+WITH_LOSS = pytest.mark.parametrize("case", cases_for(13, lambda case: case.loss), ids=str)
+WITHOUT_LOSS = pytest.mark.parametrize("case", cases_for(13, lambda case: not case.loss), ids=str)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled_twice():
+    """Every test starts with nothing compiled; a second graph for the same model is an error."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+def two_batches_of(case, number: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Of the same shapes."""
+    batch = case.batch(number)
+    return batch, {name: value.flip(0) for name, value in batch.items()}
+
+
+def assert_equal(outputs: dict[str, torch.Tensor], references: dict[str, torch.Tensor]):
+    assert set(outputs) == set(references)
+    for name, reference in references.items():
+        torch.testing.assert_close(
+            outputs[name], reference, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@WITH_LOSS
+def test_compiled_training_has_equal_outputs_and_gradients(case):
+    model = case.build().train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def outputs_and_gradients(forward, batch):
+        model.zero_grad()
+        outputs = forward(**batch)
+        outputs.loss.backward()
+        return case.read(outputs, batch), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    for batch in two_batches_of(case, 4):
+        outputs, gradients = outputs_and_gradients(compiled, batch)
+        references, reference_gradients = outputs_and_gradients(model, batch)
+        assert_equal(outputs, references)
+        largest = max(gradient.abs().max() for gradient in reference_gradients.values())
+        for name, gradient in reference_gradients.items():
+            assert (gradients[name] - gradient).abs().max() <= 1e-5 * largest, name
+
+
+@WITHOUT_LOSS
+def test_compiled_towers_have_equal_outputs_and_hidden_states(case):
+    """The first call that asks for hidden states puts transformers' hooks in place, and must not be a compiled one."""
+    model = case.build()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def outputs_and_states(forward, batch):
+        outputs = forward(**batch, output_hidden_states=True)
+        kept = batch.get("attention_mask", torch.ones(1, 1))[..., None]
+        states = {f"hidden_states[{number}]": state * kept for number, state in enumerate(outputs.hidden_states)}
+        return {**case.read(outputs, batch), **states}
+
+    with torch.no_grad():
+        for batch in two_batches_of(case, 4):
+            references = outputs_and_states(model, batch)
+            assert f"hidden_states[{model.config.num_hidden_layers}]" in references
+            assert_equal(outputs_and_states(compiled, batch), references)
+
+
+@EVERY
+def test_one_graph_serves_every_batch_size(case):
+    model = case.build()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        for number in (2, 3, 5):
+            batch = case.batch(number)
+            assert_equal(case.read(compiled(**batch), batch), case.read(model(**batch), batch))
+
+
+@EVERY
+def test_an_exported_model_takes_any_batch_size(case):
+    model, batch, other = case.build(), case.batch(3), case.batch(5)
+    number = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (), batch, dynamic_shapes={name: {0: number} for name in batch})
+    with torch.no_grad():
+        assert_equal(case.read(program.module()(**other), other), case.read(model(**other), other))
