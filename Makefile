@@ -8,7 +8,7 @@ PEERS_STAMP := $(PEERS)/.installed
 WORKERS ?= auto
 TORCHVISION_TESTS := tests/test_image_utils.py tests/models/clip/test_image_processing_clip.py tests/models/vit/test_image_processing_vit.py
 
-.PHONY: demo demo-smoke test test-peers lint format clean
+.PHONY: demo demo-smoke demo-seeds test test-peers bench lint format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.11 ...' if sys.version_info < (3, 11) else 0)"
@@ -29,6 +29,14 @@ demo: $(STAMP)
 demo-smoke: $(STAMP)
 	$(BIN)/python training/demo_clip.py training/recipes/clip_smoke.yaml --output_dir outputs/demo-smoke
 
+# The demo's training from three seeds, and its figures: mean and worst.
+SEEDS := 0 1 2
+demo-seeds: $(STAMP)
+	for seed in $(SEEDS); do \
+	  $(BIN)/python training/train_clip.py training/recipes/clip_emoji.yaml --seed $$seed --output_dir outputs/seeds/$$seed || exit 1; \
+	done
+	$(BIN)/python training/summarize_runs.py $(SEEDS:%=outputs/seeds/%) --output outputs/seeds/summary.json
+
 # One thread a worker: the workers already fill the cores.
 test: lint
 	$(BIN)/coverage erase
@@ -39,6 +47,11 @@ test: lint
 # Ours against the live peers, and the image processors that need torchvision.
 test-peers: $(PEERS_STAMP)
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -n $(WORKERS) tests/peers $(TORCHVISION_TESTS)
+
+# Ours timed against the peers, on a machine that does nothing else. One of them: make bench BENCHMARKS=train_step
+BENCHMARKS := train_step memory text_encoding zero_shot loader startup
+bench: $(PEERS_STAMP)
+	for script in $(BENCHMARKS); do $(PEERS)/bin/python -m benchmarks.$$script || exit 1; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

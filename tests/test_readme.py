@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, on a tiny model in place of the demo's."""
+"""The README's Python runs as it stands, on a tiny model in place of the one that comes with it."""
 
 import json
 import re
@@ -15,6 +15,7 @@ from hf_mm.models.clip.modeling_clip import MMClipModel
 from hf_mm.models.clip.processing_clip import MMClipProcessor
 from hf_mm.models.clip.tokenization_clip import MMClipTokenizer
 
+MODEL = "checkpoints/mm-clip-emoji"
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -33,8 +34,8 @@ def workplace(tmp_path, monkeypatch):
         vision_config={**TOWER, "image_size": 16, "patch_size": 8},
         text_config={**TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": 12, **ids},
     )
-    MMClipModel(config).save_pretrained("outputs/demo")
-    MMClipProcessor(MMClipImageProcessorPil(size=16), tokenizer).save_pretrained("outputs/demo")
+    MMClipModel(config).save_pretrained(MODEL)
+    MMClipProcessor(MMClipImageProcessorPil(size=16), tokenizer).save_pretrained(MODEL)
     Image.new("RGB", (24, 20), "red").save("picture.png")
     pictures = tmp_path / "my_pictures"
     pictures.mkdir()
@@ -52,7 +53,7 @@ def test_block_runs(workplace, capsys, number):
     if "trainer" in names:
         assert names["trainer"].state.global_step == 1
     else:
-        assert "score" in capsys.readouterr().out
+        assert re.search("score|tensor", capsys.readouterr().out)
 
 
 def test_figures_come_from_the_results_file():
