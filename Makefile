@@ -8,7 +8,7 @@ PEERS_STAMP := $(PEERS)/.installed
 WORKERS ?= auto
 TORCHVISION_TESTS := tests/test_image_utils.py tests/models/clip/test_image_processing_clip.py tests/models/vit/test_image_processing_vit.py
 
-.PHONY: demo demo-smoke demo-seeds test test-peers bench lint format clean
+.PHONY: demo demo-smoke demo-seeds test test-peers mutants bench lint format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.11 ...' if sys.version_info < (3, 11) else 0)"
@@ -47,6 +47,11 @@ test: lint
 # Ours against the live peers, and the image processors that need torchvision.
 test-peers: $(PEERS_STAMP)
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -n $(WORKERS) tests/peers $(TORCHVISION_TESTS)
+
+# Changes the code and counts what the tests do not notice (an hour or so); TARGETS="loss crop" for some of it.
+mutants: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,mutants]"
+	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python tests/mutants/run.py $(TARGETS)
 
 # Ours timed against the peers, on a machine that does nothing else. One of them: make bench BENCHMARKS=train_step
 BENCHMARKS := train_step memory text_encoding zero_shot loader startup

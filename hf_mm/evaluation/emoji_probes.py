@@ -12,7 +12,7 @@ from ..data.emoji import load_emoji
 from .embeddings import embed_texts, inference
 from .pixels import SIDE, embed_pixels
 from .probes import choose_strength, few_shot_curve, fit_few_shot, fit_probe, shots_to_match, tower_features
-from .style_shift import _classification, _distinct, _Pictures, _spoken
+from .style_shift import EmojiPictures, classify_by_text, distinct, spoken_name
 
 TESTED = ("cell", "style", "concept", "both")
 SHOTS = (1, 2, 4, 8)
@@ -62,9 +62,9 @@ def evaluate_emoji_probes(
     columns = {name: np.array(emoji[name][:]) for name in ("split", "style", "caption", "subgroup", "group")}
     features = tower_features(model, processor, images, batch_size, progress)
     classes = np.concatenate([columns["subgroup"], columns["group"]])
-    texts = _distinct(columns["caption"]) + [_spoken(name) for name in _distinct(classes)]
+    texts = distinct(columns["caption"]) + [spoken_name(name) for name in distinct(classes)]
     pixels = embed_pixels(images)
-    pictures = _Pictures(
+    pictures = EmojiPictures(
         **columns,
         right=[],
         images=_project(model, features),
@@ -97,7 +97,7 @@ def _halve(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _probe(
-    pictures: _Pictures, features: np.ndarray, pixels: np.ndarray, labels: np.ndarray, seed: int
+    pictures: EmojiPictures, features: np.ndarray, pixels: np.ndarray, labels: np.ndarray, seed: int
 ) -> dict[str, Any]:
     rows = {split: np.flatnonzero(pictures.split == split) for split in ("train", "val", *TESTED)}
     results = {split: _zero_shot(pictures, split, labels) for split in TESTED}
@@ -129,8 +129,8 @@ def _probe(
     return {**results, "fits": fits}
 
 
-def _zero_shot(pictures: _Pictures, split: str, labels: np.ndarray) -> dict[str, Any]:
-    metrics = _classification(pictures, split, labels)
+def _zero_shot(pictures: EmojiPictures, split: str, labels: np.ndarray) -> dict[str, Any]:
+    metrics = classify_by_text(pictures, split, labels)
     return {
         **{key: metrics[key] for key in ("images", "classes", "chance", "majority")},
         "zero_shot": metrics["accuracy"],

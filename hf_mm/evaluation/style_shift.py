@@ -73,7 +73,7 @@ def evaluate_emoji(
         split, gallery = CELLS[name]
         rows = np.flatnonzero((pictures.split == split) & ((pictures.style == style) | (style is None)))
         searched = {"train": pictures.training, "own": rows, "all": slice(None)}[gallery]
-        return _retrieval(pictures, rows, _distinct(pictures.caption[searched]), pixels=gallery == "train")
+        return _retrieval(pictures, rows, distinct(pictures.caption[searched]), pixels=gallery == "train")
 
     cells = {name: cell(name) for name in CELLS}
     cells["fit"]["is_result"] = False
@@ -84,7 +84,7 @@ def evaluate_emoji(
             style: {"seen": cell(seen, style), "new": cell(new, style)} for style, (seen, new) in seen_new.items()
         },
         **{
-            name: {split: _classification(pictures, split, labels) for split in CLASSIFIED}
+            name: {split: classify_by_text(pictures, split, labels) for split in CLASSIFIED}
             for name, labels in (("subgroup", pictures.subgroup), ("group", pictures.group))
         },
         "temperature": math.exp(-model.logit_scale.item()),
@@ -93,7 +93,7 @@ def evaluate_emoji(
 
 
 @dataclass
-class _Pictures:
+class EmojiPictures:
     """All pictures, row by row, with what the model and the pixels say of them."""
 
     split: np.ndarray
@@ -108,14 +108,14 @@ class _Pictures:
     training: np.ndarray  # rows
 
 
-def _embed(model: nn.Module, processor: Any, normalize_size: bool, batch_size: int, progress: bool) -> _Pictures:
+def _embed(model: nn.Module, processor: Any, normalize_size: bool, batch_size: int, progress: bool) -> EmojiPictures:
     emoji = load_emoji("all", normalize_size=normalize_size)
     images = list(emoji["image"])
     labels = {name: np.array(emoji[name][:]) for name in ("split", "style", "caption", "subgroup", "group")}
     looks = [(artist, image.tobytes()) for artist, image in zip(labels["style"], images, strict=True)]
     classes = np.concatenate([labels["subgroup"], labels["group"]])
-    texts = _distinct(labels["caption"]) + [_spoken(name) for name in _distinct(classes)]
-    return _Pictures(
+    texts = distinct(labels["caption"]) + [spoken_name(name) for name in distinct(classes)]
+    return EmojiPictures(
         **labels,
         right=shared_captions([[text] for text in labels["caption"]], looks),
         images=embed_images(model, processor, images, batch_size, progress),
@@ -125,15 +125,15 @@ def _embed(model: nn.Module, processor: Any, normalize_size: bool, batch_size: i
     )
 
 
-def _distinct(texts: np.ndarray) -> list[str]:
+def distinct(texts: np.ndarray) -> list[str]:
     return list(dict.fromkeys(texts.tolist()))
 
 
-def _spoken(class_name: str) -> str:
+def spoken_name(class_name: str) -> str:
     return class_name.replace("-", " ")
 
 
-def _retrieval(pictures: _Pictures, rows: np.ndarray, captions: list[str], pixels: bool) -> dict[str, Any]:
+def _retrieval(pictures: EmojiPictures, rows: np.ndarray, captions: list[str], pixels: bool) -> dict[str, Any]:
     similarity = pictures.images[rows] @ torch.stack([pictures.texts[text] for text in captions]).T
     positives = right_texts([pictures.right[row] for row in rows], captions)
     asked = torch.from_numpy(np.isin(captions, pictures.caption[rows]))
@@ -157,7 +157,7 @@ def _retrieval(pictures: _Pictures, rows: np.ndarray, captions: list[str], pixel
     return row
 
 
-def _pixel_scores(pictures: _Pictures, rows: np.ndarray, captions: list[str]) -> torch.Tensor:
+def _pixel_scores(pictures: EmojiPictures, rows: np.ndarray, captions: list[str]) -> torch.Tensor:
     """``(q, g)``: the highest cosine of pixels between each picture and the training pictures of each caption."""
     column = {text: index for index, text in enumerate(captions)}
     columns = torch.tensor([column[text] for text in pictures.caption[pictures.training]])
@@ -166,14 +166,14 @@ def _pixel_scores(pictures: _Pictures, rows: np.ndarray, captions: list[str]) ->
     return lowest.scatter_reduce(1, columns.expand(len(rows), -1), cosines, "amax")
 
 
-def _classification(pictures: _Pictures, split: str, class_of: np.ndarray) -> dict[str, float]:
+def classify_by_text(pictures: EmojiPictures, split: str, class_of: np.ndarray) -> dict[str, float]:
     """Class of a picture by the mean embedding of training captions, by the class's name, by the nearest pixels."""
     rows, training = np.flatnonzero(pictures.split == split), pictures.training
     names, labels = np.unique(class_of, return_inverse=True)
     label_of = dict(zip(pictures.caption[training], labels[training].tolist(), strict=True))
     texts = torch.stack([pictures.texts[text] for text in label_of])
     prototypes = class_means(texts, torch.tensor(list(label_of.values())), len(names))
-    spoken = torch.stack([pictures.texts[_spoken(name)] for name in names.tolist()])
+    spoken = torch.stack([pictures.texts[spoken_name(name)] for name in names.tolist()])
 
     images, expected = pictures.images[rows], torch.from_numpy(labels[rows])
     by_prototype = classification_metrics(images @ prototypes.T, expected)
