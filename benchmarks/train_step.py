@@ -95,7 +95,7 @@ def measure(report: Report, size: Size, documented: bool) -> None:
     losses = clip_models.loss_functions(models)
     autocast = args.dtype == "bfloat16"
     steps = {name: make_step(models[name], losses[name], inputs[name], autocast) for name in models}
-    costs = interleave(steps, args.rounds, warmup=1 if args.quick else 3)
+    costs = interleave(steps, args.rounds, warmup=1)
     case = f"{size.name}, batch {size.batch_size}, {size.num_tokens} tokens"
     if documented:
         report.add(f"{case}: as documented", costs)

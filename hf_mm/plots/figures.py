@@ -18,6 +18,7 @@ INK, GREY, PALE = "#1f2933", "#6b7785", "#e4e8ec"
 BLUE, LIGHT_BLUE, ORANGE = "#2f6690", "#a8c4d9", "#c2571a"
 GREEN, LIGHT_GREEN = "#237a3b", "#cfe8d5"
 WIDTH = 3.8  # inches, of every figure: readable on a telephone, two abreast on a desk
+LOGIT_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 50, 70, 80, 90, 95, 98, 99, 99.5)
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
@@ -108,19 +109,68 @@ def plot_retrieval(
         raise ValueError(
             f"give as many results and hits as queries, at least one, not {len(results)}, {len(hits)}, {len(queries)}."
         )
-    columns, title, gap = len(results[0]), 0.24, 0.05
-    side = (WIDTH - gap * (columns - 1)) / columns
-    figure = Figure(figsize=(WIDTH, (side + title) * len(queries) + 0.02))
+    frames = [[_hit_frame(hit) for hit in right] for right in hits]
+    return _picture_rows(queries, results, frames)
+
+
+@rc_context(STYLE)
+def plot_neighbours(
+    artists: Sequence[str],
+    names: Sequence[str],
+    drawings: Sequence[Image.Image],
+    results: Sequence[Sequence[Image.Image]],
+    hits: Sequence[Sequence[bool]],
+) -> Figure:
+    """Drawings by one artist, and the nearest drawing by each other artist, the right ones framed.
+
+    Args:
+        artists: that of the drawings, and then k others.
+        names: of the n drawings.
+        drawings: n pictures.
+        results: n lists of k pictures, one by each other artist.
+        hits: n lists of k, whether the picture is a right one.
+
+    Returns:
+        n rows of 1 + k pictures under a header, the name above each row.
+
+    Raises:
+        ValueError: there are no drawings, or lengths differ.
+    """
+    if not drawings or not len(names) == len(drawings) == len(results) == len(hits):
+        raise ValueError(
+            "give as many names, results and hits as drawings, at least one, "
+            f"not {len(names)}, {len(results)}, {len(hits)}, {len(drawings)}."
+        )
+    rows = [[drawing, *found] for drawing, found in zip(drawings, results, strict=True)]
+    frames = [[(INK, 1.6), *map(_hit_frame, right)] for right in hits]
+    return _picture_rows(names, rows, frames, artists)
+
+
+def _hit_frame(hit: bool) -> tuple[str, float]:
+    return (GREEN, 2.6) if hit else (PALE, 0.8)
+
+
+def _picture_rows(
+    titles: Sequence[str],
+    rows: Sequence[Sequence[Image.Image]],
+    frames: Sequence[Sequence[tuple[str, float]]],
+    header: Sequence[str] = (),
+) -> Figure:
+    """n rows of k framed pictures, a title above each row; frames are colours and widths, the header k texts."""
+    columns, title, gap, edge, top = len(rows[0]), 0.24, 0.05, 0.02, 0.2 if header else 0
+    side = (WIDTH - 2 * edge - gap * (columns - 1)) / columns
+    lefts = [(edge + column * (side + gap)) / WIDTH for column in range(columns)]
+    figure = Figure(figsize=(WIDTH, (side + title) * len(rows) + top + 0.02))
     height = figure.get_figheight()
-    for row, (query, pictures, right) in enumerate(zip(queries, results, hits, strict=True)):
-        bottom = height - (row + 1) * (side + title)
-        for column, (picture, hit) in enumerate(zip(pictures, right, strict=True)):
-            left = column * (side + gap)
-            ax = figure.add_axes((left / WIDTH, bottom / height, side / WIDTH, side / height))
+    for left, text in zip(lefts, header, strict=False):
+        figure.text(left, 1 - 0.14 / height, text, fontsize=8, color=GREY)
+    for row, (text, pictures, styles) in enumerate(zip(titles, rows, frames, strict=True)):
+        bottom = height - top - (row + 1) * (side + title)
+        for left, picture, frame in zip(lefts, pictures, styles, strict=True):
+            ax = figure.add_axes((left, bottom / height, side / WIDTH, side / height))
             _show(ax, picture)
-            _frame(ax, GREEN if hit else PALE, 2.6 if hit else 0.8)
-        baseline = (bottom + side + 0.07) / height
-        figure.text(0, baseline, _shorten(query, 60), fontsize=9, parse_math=False)
+            _frame(ax, *frame)
+        figure.text(lefts[0], (bottom + side + 0.07) / height, _shorten(text, 60), fontsize=9, parse_math=False)
     return figure
 
 
@@ -182,6 +232,59 @@ def _list_captions(ax: Axes, captions: Sequence[str], truths: Collection[str], s
     ax.axis("off")
 
 
+@rc_context(STYLE)
+def plot_mistakes(
+    images: Sequence[Image.Image],
+    answers: Sequence[str],
+    scores: Sequence[float],
+    answer_images: Sequence[Image.Image],
+    truths: Sequence[str],
+    ranks: Sequence[int],
+) -> Figure:
+    """Pictures, the wrong name that each was given, and how far from it the right one is.
+
+    Args:
+        images: n pictures.
+        answers: the name that comes first for each, a wrong one.
+        scores: n numbers from 0 to 1, of the answers.
+        answer_images: a picture of what each answer names.
+        truths: the right names.
+        ranks: of the right names, 1 is first.
+
+    Returns:
+        Three axes a picture: itself, the words, and the picture of the answer.
+
+    Raises:
+        ValueError: there are no pictures, or lengths differ.
+    """
+    lengths = [len(values) for values in (answers, scores, answer_images, truths, ranks)]
+    if not images or set(lengths) != {len(images)}:
+        raise ValueError(
+            "give as many answers, scores, answer_images, truths and ranks as images, at least one, "
+            f"not {', '.join(map(str, lengths))}, {len(images)}."
+        )
+    header = 0.2
+    height = 0.9 * len(images) + header
+    figure = Figure(figsize=(WIDTH, height))
+    figure.subplots_adjust(0.005, 0.005, 0.995, 1 - header / height, wspace=0.06, hspace=0.1)
+    rows = figure.subplots(len(images), 3, squeeze=False, width_ratios=[1, 2.6, 1])
+    for ax, text in zip(rows[0], ("the picture", "what it says", "looks like"), strict=True):
+        figure.text(ax.get_position().x0, 1 - 0.13 / height, text, fontsize=8, color=GREY)
+    for (left, words, right), picture, answer, score, other, truth, rank in zip(
+        rows, images, answers, scores, answer_images, truths, ranks, strict=True
+    ):
+        for ax, image in ((left, picture), (right, other)):
+            _show(ax, image)
+            _frame(ax, PALE, 0.8)
+        style = {"transform": words.transAxes, "parse_math": False}
+        words.text(0, 0.74, _shorten(answer, 26), va="bottom", color=ORANGE, weight="bold", **style)
+        words.text(0, 0.68, f"{score:.0%} sure", va="top", fontsize=8, color=ORANGE, **style)
+        words.text(0, 0.27, _shorten(f"is: {truth}", 31), va="bottom", **style)
+        words.text(0, 0.21, f"guess number {rank:,}", va="top", fontsize=8, color=GREY, **style)
+        words.axis("off")
+    return figure
+
+
 def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
@@ -225,6 +328,94 @@ def plot_style_shift(rows: Sequence[dict[str, Any]]) -> Figure:
     ax.set_yticks(range(0, 101, 20))
     figure.legend(loc="outside upper left", ncols=2, fontsize=8)
     return figure
+
+
+@rc_context(STYLE)
+def plot_few_shot(row: dict[str, Any]) -> Figure:
+    """Accuracy over the number of examples per class, beside pixels, zero-shot classification and chance.
+
+    Where the probe's curve crosses that of a zero-shot classifier there is a mark with the number of examples.
+
+    Args:
+        row: of one column and split of `evaluate_emoji_probes`, in percent.
+
+    Returns:
+        One panel; its x axis is logarithmic. Small dots are single draws.
+    """
+    figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
+    ax = figure.subplots()
+    shots = [point["shots"] for point in row["few_shot"]]
+    for key, label, color in (("few_shot", "probe, features", BLUE), ("pixels_few_shot", "probe, pixels", ORANGE)):
+        ax.plot(shots, [point["accuracy"] for point in row[key]], "o-", color=color, markersize=4, label=label)
+        draws = [(point["shots"], accuracy) for point in row[key] for accuracy in point["accuracies"]]
+        ax.scatter(*np.array(draws).T, s=5, color=color, alpha=0.4, linewidths=0)
+    for key, label, style in (
+        ("zero_shot", "zero-shot, names", {"color": INK}),
+        ("zero_shot_name", "zero-shot, class name", {"color": INK, "linestyle": ":"}),
+        ("chance", "chance", {"color": GREY, "linestyle": "--"}),
+    ):
+        ax.axhline(row[key], linewidth=1.2, label=label, **style)
+    for key, needed in (("zero_shot", row["shots_to_match"]), ("zero_shot_name", row["shots_to_match_name"])):
+        if needed is not None and needed > shots[0]:
+            ax.plot(needed, row[key], "o", color="white", markeredgecolor=INK, markersize=6, zorder=3)
+            ax.annotate(
+                f"{needed:.1f}", (needed, row[key]), (-4, 6), textcoords="offset points", ha="right", weight="bold"
+            )
+    ax.set_xscale("log")
+    ax.set_xticks(shots, shots)
+    ax.set_xticks([], minor=True)
+    ax.margins(y=0.12)
+    ax.set(xlabel="emoji per class to learn from", ylabel="accuracy, %", ylim=(0, None))
+    ax.grid(axis="y")
+    ax.set_axisbelow(True)
+    figure.legend(loc="outside upper left", ncols=2, fontsize=8)
+    return figure
+
+
+@rc_context(STYLE)
+def plot_robustness(row: dict[str, Any]) -> Figure:
+    """Accuracies before and after a shift on logit axes: standard models, the line through them, and the model.
+
+    Args:
+        row: of one shift of `evaluate_emoji_robustness`, in percent.
+
+    Returns:
+        One panel. The model's distance from the line is drawn, and numbered in the legend; beyond all standard models the
+        line is dotted.
+    """
+    figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
+    ax = figure.subplots()
+    before, after = (_logit([point[side] for point in row["reference"]]) for side in ("in", "shift"))
+    model, shift, expected = _logit([row["model"]["in"], row["model"]["shift"], row["expected"]])
+    low, high = before.min(), before.max()
+
+    def line(start: float, end: float, style: str, label: str | None = None) -> None:
+        at = np.array([start, end])
+        ax.plot(at, row["intercept"] + row["slope"] * at, style, color=BLUE, linewidth=1.6, label=label)
+
+    ax.axline((0, 0), slope=1, color=GREY, linewidth=0.8, label="no loss")
+    ax.scatter(before, after, s=14, color=LIGHT_BLUE, label="classifiers of pixels")
+    line(low, high, "-", "their line")
+    if row["extrapolated"]:
+        line(low if model < low else high, model, ":")
+    ax.plot([model, model], [expected, shift], color=ORANGE, linewidth=1.2)
+    distance = f"{row['effective_robustness']:+.1f}".replace("-", "−")
+    ax.plot(model, shift, "D", color=ORANGE, markersize=6, label=f"this model, {distance} points")
+    every = np.concatenate([before, after, [model, shift, expected]])
+    edges = every.min() - 0.3, every.max() + 0.3
+    shown = [percent for percent in LOGIT_TICKS if edges[0] <= _logit(percent) <= edges[1]]
+    ax.set_xticks(_logit(shown), shown)
+    ax.set_yticks(_logit(shown), shown)
+    ax.set(xlim=edges, ylim=edges, xlabel="artists it knows, % right", ylabel="new artist, % right")
+    ax.grid()
+    ax.set_axisbelow(True)
+    figure.legend(loc="outside upper left", ncols=2, fontsize=8)
+    return figure
+
+
+def _logit(percent: float | Sequence[float]) -> np.ndarray:
+    share = np.asarray(percent) / 100
+    return np.log(share / (1 - share))
 
 
 @rc_context(STYLE)

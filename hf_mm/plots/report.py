@@ -22,7 +22,7 @@ main { max-width: 53rem; margin: 0 auto; padding: 4rem 1.5rem 6rem; }
 h1, h2 { line-height: 1.2; letter-spacing: -0.015em; text-wrap: balance; }
 h1 { margin: 0 0 1.25rem; font-size: clamp(1.9rem, 1.4rem + 2.2vw, 2.75rem); font-weight: 700; }
 h2 { margin: 0 0 .75rem; font-size: clamp(1.3rem, 1.15rem + .6vw, 1.6rem); font-weight: 650; }
-p { margin: 0 0 1rem; max-width: 42rem; text-wrap: pretty; }
+p { margin: 0 0 1rem; max-width: 42rem; text-wrap: pretty; overflow-wrap: anywhere; }
 header { padding-bottom: 2.25rem; border-bottom: 1px solid var(--line); }
 header p { font-size: 1.2rem; line-height: 1.55; color: var(--grey); }
 header p:last-child { margin: 0; }
@@ -33,7 +33,9 @@ figure { margin: 0; }
 figcaption { margin-top: .6rem; max-width: 42rem; color: var(--grey); font-size: .9rem; line-height: 1.45; }
 .table { margin-top: 1.75rem; }
 .table figcaption { margin: 0 0 .6rem; }
-.scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
+.scroll { overflow-x: auto; -webkit-overflow-scrolling: touch;
+  background: linear-gradient(to left, #fff 1rem, #fff0) right / 2rem 100% no-repeat local,
+    linear-gradient(to left, #1f293326, #fff0) right / .75rem 100% no-repeat scroll; }
 .scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
 img { display: block; width: 100%; max-width: 30rem; height: auto; }
 table { width: 100%; border-collapse: separate; border-spacing: 0; font-size: .95rem; line-height: 1.4;

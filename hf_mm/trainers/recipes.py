@@ -20,7 +20,10 @@ from ..version import __version__
 
 RECIPE_FILE = "recipe.json"
 RESULT_FILE = "results.json"
-LEFT_BY_A_RUN = (RESULT_FILE, "model.safetensors", "config.json", "README.md", "log_history.json", "report.html")
+LEFT_BY_A_RUN = (
+    *(RESULT_FILE, "model.safetensors", "config.json", "README.md"),
+    *("log_history.json", "studies.json", "report.html"),
+)
 
 # Settings of TrainingArguments that the trained weights depend on.
 DECISIVE = (

@@ -11,11 +11,16 @@ from PIL import Image
 
 from hf_mm.plots.figures import (
     GREEN,
+    INK,
     LIGHT_GREEN,
     plot_attention,
     plot_captions,
+    plot_few_shot,
     plot_losses,
+    plot_mistakes,
+    plot_neighbours,
     plot_retrieval,
+    plot_robustness,
     plot_style_shift,
     plot_temperature,
     token_attention,
@@ -27,6 +32,30 @@ LOG = [
     {"step": 20, "loss": 3.0, "contrastive_loss": 2.5, "view_loss": 1.0, "temperature": 0.06},
     {"step": 20, "train_runtime": 1.0, "train_loss": 3.5},
 ]
+FEW_SHOT = {
+    "few_shot": [
+        {"shots": 1, "accuracy": 10.0, "accuracies": [8.0, 12.0]},
+        {"shots": 4, "accuracy": 30.0, "accuracies": [30.0, 30.0]},
+    ],
+    "pixels_few_shot": [
+        {"shots": 1, "accuracy": 5.0, "accuracies": [4.0, 6.0]},
+        {"shots": 4, "accuracy": 9.0, "accuracies": [9.0, 9.0]},
+    ],
+    "zero_shot": 20.0,
+    "zero_shot_name": 7.0,
+    "chance": 1.0,
+    "shots_to_match": 2.0,
+    "shots_to_match_name": 1.0,
+}
+ROBUSTNESS = {  # odds of 1/9, 3/7, 1 before; after, by the line, a third of these
+    "reference": [{"in": 10.0, "shift": 100 / 28}, {"in": 30.0, "shift": 12.5}, {"in": 50.0, "shift": 25.0}],
+    "slope": 1.0,
+    "intercept": -np.log(3),
+    "expected": 40.0,
+    "model": {"in": 200 / 3, "shift": 55.0},
+    "effective_robustness": 15.0,
+    "extrapolated": True,
+}
 COLOURS = ["red", "green", "blue", "yellow", "black", "purple"]
 
 
@@ -72,11 +101,90 @@ def test_right_pictures_are_framed_and_nothing_else():
     assert titles[0] == "a $100 note" and titles[1].endswith("…") and len(titles) == 2
 
 
+def test_neighbours_stand_under_their_artists_and_right_ones_are_framed():
+    drawings, results = pictures(2), [pictures(5)[2:4], pictures(6)[4:]]
+    hits = [[False, True], [True, False]]
+    figure = plot_neighbours(["Noto", "Fluent", "OpenMoji"], ["cat", "dog"], drawings, results, hits)
+    assert [text.get_text() for text in figure.texts] == ["Noto", "Fluent", "OpenMoji", "cat", "dog"]
+    for row in range(2):
+        own, *found = figure.axes[3 * row : 3 * row + 3]
+        for ax, picture in zip((own, *found), (drawings[row], *results[row]), strict=True):
+            assert np.array_equal(shown(ax), np.asarray(picture))
+        assert {to_hex(spine.get_edgecolor()) for spine in own.spines.values()} == {INK}
+        for ax, hit in zip(found, hits[row], strict=True):
+            assert {to_hex(spine.get_edgecolor()) == GREEN for spine in ax.spines.values()} == {hit}
+    for column, heading in enumerate(figure.texts[:3]):
+        assert heading.get_position()[0] == pytest.approx(figure.axes[column].get_position().x0)
+        assert heading.get_position()[1] > figure.axes[column].get_position().y1
+
+
+def test_a_mistake_is_told_with_both_pictures():
+    figure = plot_mistakes(pictures(2), ["dog", "x" * 60], [0.875, 0.3], pictures(4)[2:], ["cat", "$1"], [12, 1500])
+    left, words, right = figure.axes[3:]
+    assert np.array_equal(shown(left), np.asarray(pictures(2)[1]))
+    assert np.array_equal(shown(right), np.asarray(pictures(4)[3]))
+    assert [text.get_text() for text in figure.axes[1].texts] == ["dog", "88% sure", "is: cat", "guess number 12"]
+    answer, *others = [text.get_text() for text in words.texts]
+    assert answer.endswith("…") and others == ["30% sure", "is: $1", "guess number 1,500"]
+
+
+def test_few_shot_curves_are_what_was_measured_and_cross_where_they_are_marked():
+    ax = plot_few_shot(FEW_SHOT).axes[0]
+    lines = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
+    assert lines["probe, features"].get_xydata().tolist() == [[1, 10], [4, 30]]
+    assert lines["probe, pixels"].get_xydata().tolist() == [[1, 5], [4, 9]]
+    for name, height in (("zero-shot, names", 20), ("zero-shot, class name", 7), ("chance", 1)):
+        assert set(lines[name].get_ydata()) == {height}
+    draws = [dots.get_offsets().tolist() for dots in ax.collections]
+    assert draws == [[[1, 8], [1, 12], [4, 30], [4, 30]], [[1, 4], [1, 6], [4, 9], [4, 9]]]
+
+    (mark,) = [line for line in ax.lines if len(line.get_xdata()) == 1]  # the class name is beaten from the start
+    assert [text.get_text() for text in ax.texts] == ["2.0"]
+    start, end = ax.transData.transform(lines["probe, features"].get_xydata())
+    np.testing.assert_allclose(ax.transData.transform(mark.get_xydata())[0], (start + end) / 2)
+
+
+def test_few_shot_without_a_crossing_has_no_mark():
+    ax = plot_few_shot(FEW_SHOT | {"zero_shot": 60.0, "shots_to_match": None}).axes[0]
+    assert len(ax.texts) == 0 and all(len(line.get_xdata()) > 1 for line in ax.lines)
+
+
+def test_the_model_stands_off_the_line_of_the_others():
+    ax = plot_robustness(ROBUSTNESS).axes[0]
+    (points,) = ax.collections
+    odds = np.exp(points.get_offsets())
+    np.testing.assert_allclose(odds[:, 0], [1 / 9, 3 / 7, 1])
+    lines = {line.get_label(): line for line in ax.lines}
+    for one in (points.get_offsets(), lines["their line"].get_xydata()):
+        np.testing.assert_allclose(one[:, 1], one[:, 0] - np.log(3))
+    assert np.exp(lines["their line"].get_xdata()).tolist() == pytest.approx([1 / 9, 1])
+    (beyond,) = [line for line in ax.lines if line.get_linestyle() == ":"]
+    np.testing.assert_allclose(np.exp(beyond.get_xydata()), [[1, 1 / 3], [2, 2 / 3]])
+    np.testing.assert_allclose(np.exp(lines["this model, +15.0 points"].get_xydata()), [[2, 55 / 45]])
+    (distance,) = [
+        line
+        for line in ax.lines
+        if line.get_color() == lines["this model, +15.0 points"].get_color() and len(line.get_xdata()) == 2
+    ]
+    np.testing.assert_allclose(np.exp(distance.get_xydata()), [[2, 40 / 60], [2, 55 / 45]])
+    for axis in (ax.xaxis, ax.yaxis):
+        for place, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True):
+            assert 100 / (1 + np.exp(-place)) == pytest.approx(float(label.get_text()))
+
+
+def test_a_model_among_the_others_needs_no_guess():
+    row = ROBUSTNESS | {"model": {"in": 30.0, "shift": 10.0}, "effective_robustness": -2.5, "extrapolated": False}
+    ax = plot_robustness(row).axes[0]
+    assert all(line.get_linestyle() != ":" for line in ax.lines)
+    assert "this model, −2.5 points" in [line.get_label() for line in ax.lines]
+
+
 def test_captions_are_drawn_as_they_are_written():
     caption = r"from $\nothing$ to 100"  # as mathematics, an error
     for figure in (
         plot_retrieval([caption], [pictures(1)], [[True]]),
         plot_captions(pictures(1), [[caption]], [{caption + "?"}], [[0.5]]),
+        plot_mistakes(pictures(1), [caption], [0.5], pictures(1), [caption], [2]),
         plot_style_shift([{"name": caption, "r1": 1.0, "r10": 2.0, "chance_r10": 0.1, "pixels_r10": None}]),
     ):
         file = io.BytesIO()
@@ -140,6 +248,10 @@ def test_attention_of_a_class_token_and_of_mean_pooling():
         (plot_retrieval, ([], [], []), ValueError, "at least one"),
         (plot_retrieval, (["a"], [pictures(1)], []), ValueError, "not 1, 0, 1"),
         (plot_captions, ([], [], [], []), ValueError, "at least one"),
+        (plot_neighbours, (["Noto"], [], [], [], []), ValueError, "at least one"),
+        (plot_neighbours, (["a", "b"], ["cat"], pictures(1), [pictures(1)], []), ValueError, "not 1, 1, 0, 1"),
+        (plot_mistakes, ([], [], [], [], [], []), ValueError, "at least one"),
+        (plot_mistakes, (pictures(1), ["a"], [1.0], pictures(1), ["b"], []), ValueError, "not 1, 1, 1, 1, 0, 1"),
         (plot_captions, (pictures(1), [["a"]], ["a"], [[1.0]]), TypeError, "list of strings"),
         (plot_style_shift, ([],), ValueError, "rows is empty"),
         (plot_attention, (pictures(1), torch.ones(2, 2)), ValueError, "one map a picture"),
