@@ -47,12 +47,13 @@ def test_it_knows_a_face_from_a_fruit():
 
     from hf_mm.data.emoji import load_emoji
 
-    emoji = load_emoji("cell", normalize_size=True)
+    emoji = load_emoji("style", normalize_size=True)
     classify = pipeline("zero-shot-image-classification", model=str(FOLDER))
-    rows = [row for row in emoji if row["subgroup"] in ("face-smiling", "food-fruit", "animal-mammal")]
     labels = {"face-smiling": "face", "food-fruit": "fruit", "animal-mammal": "animal"}
+    rows = [row for row in emoji if row["subgroup"] in labels]
     answers = classify(
         [row["image"] for row in rows], candidate_labels=list(labels.values()), hypothesis_template="{}"
     )
     right = [answer[0]["label"] == labels[row["subgroup"]] for answer, row in zip(answers, rows, strict=True)]
-    assert len(rows) >= 10 and sum(right) / len(right) >= 0.6
+    assert len(rows) >= 50
+    assert sum(right) / len(right) >= 0.7  # chance is a third

@@ -69,6 +69,12 @@ def test_figures_come_from_the_results_file():
     assert f"{summary['steps']:,} steps" in readme
 
 
+def test_speed_comes_from_the_results_files():
+    from benchmarks.summary import table
+
+    assert table() in (ROOT / "README.md").read_text()
+
+
 def test_commands_exist():
     for script in re.findall(
         r"(?:python|launch) (training/\S+\.py) (training/\S+\.yaml)?", (ROOT / "README.md").read_text()

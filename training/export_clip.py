@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import torch
+from train_clip import shown_name
 from transformers import AutoModel, AutoProcessor
 
-import hf_mm  # noqa: F401  registers the models
 from hf_mm.hub.model_card import build_model_card
 from hf_mm.trainers.recipes import RECIPE_FILE, RESULT_FILE
 
@@ -32,7 +32,7 @@ def export(run: Path, folder: Path) -> None:
     results = json.loads((run / RESULT_FILE).read_text())
     card = build_model_card(
         "clip",
-        model_name=folder.as_posix(),
+        model_name=shown_name(folder),
         model=model,
         settings=json.loads((run / RECIPE_FILE).read_text()),
         license="other",

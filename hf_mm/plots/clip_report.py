@@ -502,7 +502,8 @@ def _few_shot(probes: dict[str, Any]) -> Section:
         "in all its training drawings. Where the probe crosses a line, so many emoji per class are worth as much as the "
         "names.\n\n"
         "The tower learnt its features from these same drawings with their names. So this tells what form the knowledge "
-        "has, not what training without names would give; the probe of 8x8 pixels knows nothing but its examples.",
+        "has, not what training without names would give; the probe of 8x8 pixels knows nothing but its examples. Every fit "
+        "stops after 100 steps, also where it has not yet converged.",
         [
             Picture(
                 plot_few_shot(probes[split]),

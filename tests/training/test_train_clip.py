@@ -112,6 +112,24 @@ def test_own_pictures_are_trained_on_evaluated_and_opened(tmp_path, pictures):
     assert "learning_rate = 0.001, now it is 0.5" in other.stderr
 
 
+def test_a_finished_run_becomes_a_folder_for_the_hub(tmp_path, pictures):
+    run_dir, folder = tmp_path / "run", tmp_path / "exported"
+    unfinished = run("training/export_clip.py", run_dir, folder, cache=tmp_path / "cache")
+    assert unfinished.returncode == 1 and "no finished run" in unfinished.stderr and not folder.exists()
+    run("training/train_clip.py", recipe(tmp_path), "--source", pictures, "--output_dir", run_dir, cache=tmp_path)
+    done = run("training/export_clip.py", run_dir, folder, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert {file.name for file in folder.iterdir()} == {
+        *("README.md", "config.json", "model.safetensors"),
+        *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    }
+    ours, theirs = load_file(run_dir / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert 'model="exported"' in (folder / "README.md").read_text()
+    again = run("training/export_clip.py", run_dir, folder, cache=tmp_path / "cache")
+    assert again.returncode == 1 and "not empty" in again.stderr
+
+
 def test_a_killed_run_resumes_with_workers_and_a_stream(tmp_path, pictures):
     """Killed between two steps; straight and resumed runs end with the same bytes, from rows and from a stream."""
     for mode, options in {"rows": ["--dataloader_num_workers", "2"], "stream": ["--streaming", "true"]}.items():
