@@ -111,6 +111,7 @@ def _classify_pixels(
     """Name and predicted labels ``(q,)`` of every standard model, from `embed_pixels` of training and asked pictures."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+    from threadpoolctl import threadpool_limits
 
     drawn = np.random.default_rng(seed).permutation(np.unique(concept))
     for side in SIDES:
@@ -123,7 +124,8 @@ def _classify_pixels(
                 "nearest neighbor": KNeighborsClassifier(1),
                 "15 nearest neighbors": KNeighborsClassifier(15),
             }.items():
-                classifier.fit(shrunk[rows], labels[rows])
+                with threadpool_limits(1):
+                    classifier.fit(shrunk[rows], labels[rows])
                 yield f"{name}, {side}x{side} pixels, {fraction:.0%} of the concepts", classifier.predict(queries)
 
 

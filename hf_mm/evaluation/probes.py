@@ -167,6 +167,7 @@ def fit_probe(features: Any, labels: Sequence[Hashable], strength: float, max_it
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     features, labels = _checked(features, labels, "training")
     if len(np.unique(labels)) < 2:
@@ -175,7 +176,8 @@ def fit_probe(features: Any, labels: Sequence[Hashable], strength: float, max_it
         raise ValueError(f"strength is {strength}: it must be positive and finite.")
     mean = features.mean(axis=0, dtype=np.float64).astype(features.dtype)
     regression = LogisticRegression(C=1 / strength, max_iter=max_iter)
-    with warnings.catch_warnings(record=True) as caught:
+    # One thread: the products are small, and scikit-learn's threads and those of its BLAS wait for each other.
+    with warnings.catch_warnings(record=True) as caught, threadpool_limits(1):
         warnings.simplefilter("always")
         regression.fit(features - mean, labels)
     converged = True
