@@ -46,7 +46,8 @@ with tempfile.TemporaryDirectory() as folder:
     opened, prepared = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     inputs = prepared(images=pictures[0]["image"], text=["a face", "a cat"], return_tensors="pt")
     with torch.no_grad():
-        assert torch.equal(opened(**inputs).logits_per_image, model(**inputs).logits_per_image)
+        # Of one picture: products of one row round by where the weights lie in memory, which a file decides.
+        torch.testing.assert_close(opened(**inputs).logits_per_image, model(**inputs).logits_per_image)
     answers = pipeline("zero-shot-image-classification", model=folder)(
         pictures[0]["image"], candidate_labels=["face", "cat"]
     )
