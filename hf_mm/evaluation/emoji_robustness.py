@@ -119,6 +119,7 @@ def _classify_pixels(
         for fraction in FRACTIONS:
             rows = np.isin(concept, drawn[: round(fraction * len(drawn))])
             for name, classifier in {
+                # Reference points, not results: a looser stop than scikit-learn's 1e-4 costs them little.
                 "logistic regression": LogisticRegression(C=10, tol=1e-3, max_iter=1000),
                 "nearest class mean": NearestCentroid(),
                 "nearest neighbor": KNeighborsClassifier(1),

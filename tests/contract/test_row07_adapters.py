@@ -180,6 +180,7 @@ def test_checkpointing_recomputes_every_block_and_changes_no_gradient(case, targ
     checkpointed_calls, checkpointed_gradients = calls_and_gradients(checkpointing=True)
     for name, gradient in gradients.items():
         assert checkpointed_gradients[name] is not None, name
+        # float64: what is computed again may round otherwise
         torch.testing.assert_close(checkpointed_gradients[name], gradient, rtol=1e-12, atol=1e-14)
     assert calls == len(list(blocks(case.build())))
     assert checkpointed_calls == 2 * calls
