@@ -17,9 +17,15 @@ from transformers import (
 )
 from transformers.utils import is_torchvision_available
 
-from .models.clip.configuration_clip import MMClipConfig, MMClipTextConfig, MMClipVisionConfig
+from .models.clip.configuration_clip import (
+    MMClipConfig,
+    MMClipResNetConfig,
+    MMClipTextConfig,
+    MMClipVisionConfig,
+)
 from .models.clip.image_processing_clip import MMClipImageProcessorPil
 from .models.clip.modeling_clip import MMClipModel, MMClipTextModel, MMClipVisionModel
+from .models.clip.modeling_clip_resnet import MMClipResNetModel
 from .models.clip.processing_clip import MMClipProcessor
 from .models.clip.tokenization_clip import MMClipTokenizer
 from .models.vit.configuration_vit import MMViTConfig
@@ -57,6 +63,9 @@ MODELS = {
     "mm_clip_text": Entry(MMClipTextConfig, {AutoModel: MMClipTextModel}, tokenizer=MMClipTokenizer),
     "mm_clip_vision": Entry(
         MMClipVisionConfig, {AutoModel: MMClipVisionModel}, image_processors=CLIP_IMAGE_PROCESSORS
+    ),
+    "mm_clip_resnet": Entry(
+        MMClipResNetConfig, {AutoModel: MMClipResNetModel}, image_processors=CLIP_IMAGE_PROCESSORS
     ),
     "mm_clip": Entry(
         MMClipConfig,

@@ -158,6 +158,19 @@ class AnyPictureMixin:
             raise ValueError("A float picture within 0..1 would be divided by 255 again: pass do_rescale=False.")
         return picture
 
+    def center_crop(self, image: np.ndarray | torch.Tensor, size: SizeDict, **kwargs) -> np.ndarray | torch.Tensor:
+        """Cuts the centre (..., height, width) out; a smaller picture gets black margins, odd pixels at the far end.
+
+        The offset is `round((side - crop) / 2)` with Python's rounding to even, as torchvision has it, and with it the
+        published recipes of CLIP, open_clip and timm; transformers' own rounds down.
+        """
+        margins = [max(size.height - image.shape[-2], 0), max(size.width - image.shape[-1], 0)]
+        if any(margins):
+            image = self._add_margins(image, *((margin // 2, margin - margin // 2) for margin in margins))
+        top = round((image.shape[-2] - size.height) / 2)
+        left = round((image.shape[-1] - size.width) / 2)
+        return image[..., top : top + size.height, left : left + size.width]
+
 
 class RGBImageProcessorTorchvision(AnyPictureMixin, TorchvisionBackend):
     """Base of the torchvision image processors: same inputs as the PIL ones, resized and normalised in batches."""
@@ -169,6 +182,9 @@ class RGBImageProcessorTorchvision(AnyPictureMixin, TorchvisionBackend):
         """Opens one picture as uint8 or float tensor (3, H, W)."""
         picture = super().process_image(image, **kwargs)
         return torch.from_numpy(np.array(channels_first(picture), order="C")).to(device)
+
+    def _add_margins(self, image: torch.Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
+        return torch.nn.functional.pad(image, (*columns, *rows))
 
 
 class RGBImageProcessorPil(AnyPictureMixin, PilBackend):
@@ -210,6 +226,9 @@ class RGBImageProcessorPil(AnyPictureMixin, PilBackend):
         if isinstance(image, Image.Image):
             return image.resize(target, resample)
         return channels_first(quantize(image).resize(target, resample)) * np.float32(full_scale(image) / 255)
+
+    def _add_margins(self, image: np.ndarray, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+        return np.pad(image, ((0, 0), rows, columns))
 
     def _preprocess(
         self,

@@ -75,16 +75,7 @@ def image_text_contrastive_loss(
     Raises:
         ValueError: numbers of pictures and texts (or of ids) differ, or ranks hold different numbers of rows.
     """
-    if image_embeds.shape[0] != text_embeds.shape[0]:
-        raise ValueError(
-            f"a contrastive loss needs one text per picture, but there are {image_embeds.shape[0]} pictures and "
-            f"{text_embeds.shape[0]} texts."
-        )
-    num_rows = image_embeds.shape[0]
-    for name, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
-        if ids is not None:
-            _check_ids(name, ids, num_rows)
-
+    check_pairs(image_embeds.shape[0], text_embeds.shape[0], image_ids, text_ids)
     image_embeds, text_embeds = at_least_float32(image_embeds), at_least_float32(text_embeds)
     gather = gather and is_distributed()
     all_images = gather_rows(image_embeds) if gather else image_embeds
@@ -102,6 +93,19 @@ def image_text_contrastive_loss(
     loss_of_images = nn.functional.cross_entropy(logits_per_image, targets)
     loss_of_texts = nn.functional.cross_entropy(logits_per_text, targets)
     return (loss_of_images + loss_of_texts) / 2
+
+
+def check_pairs(
+    num_images: int, num_texts: int, image_ids: torch.Tensor | None = None, text_ids: torch.Tensor | None = None
+) -> None:
+    """Raises ValueError where pictures and texts, or their ids, are not equally many."""
+    if num_images != num_texts:
+        raise ValueError(
+            f"a contrastive loss needs one text per picture, but there are {num_images} pictures and {num_texts} texts."
+        )
+    for name, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
+        if ids is not None:
+            _check_ids(name, ids, num_images)
 
 
 def supervised_contrastive_loss(

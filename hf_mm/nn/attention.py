@@ -64,21 +64,43 @@ class Attention(nn.Module):
         Returns:
             ``(B, Q, D)`` and, with the eager kernel, the weights ``(B, H, Q, T)``.
         """
-        query = self._per_head(self.q_proj(hidden_states if asking is None else asking))
-        key, value = self._per_head(self.k_proj(hidden_states)), self._per_head(self.v_proj(hidden_states))
-
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        query = self.q_proj(hidden_states if asking is None else asking)
         mixed, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.dropout if self.training else 0.0,
-            **kwargs,
+            self, query, self.k_proj(hidden_states), self.v_proj(hidden_states), attention_mask, **kwargs
         )
-        return self.out_proj(mixed.flatten(2)), weights
+        return self.out_proj(mixed), weights
 
-    def _per_head(self, projected: torch.Tensor) -> torch.Tensor:
-        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Mixes values head by head with the kernel ``module.config._attn_implementation``.
+
+    Args:
+        module: gives ``config``, ``head_dim``, ``scaling``, ``dropout``, ``is_causal``.
+        query: ``(B, Q, D)``.
+        key, value: ``(B, T, D)``.
+
+    Returns:
+        ``(B, Q, D)`` and, with the eager kernel, the weights ``(B, H, Q, T)``.
+    """
+    query, key, value = (
+        projected.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for projected in (query, key, value)
+    )
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
+    mixed, weights = kernel(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling=module.scaling,
+        dropout=module.dropout if module.training else 0.0,
+        **kwargs,
+    )
+    return mixed.flatten(2), weights

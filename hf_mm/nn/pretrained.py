@@ -23,6 +23,7 @@ class MMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": TransformerBlock, "attentions": Attention}
+    pools_alone = False  # whether forward has `pooled_only`
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -69,3 +70,11 @@ def lecun_normal_(tensor: torch.Tensor) -> torch.Tensor:
     """Normal of standard deviation fan_in^-1/2, cut at two deviations of the uncut one, as flax has it."""
     uncut = tensor[0].numel() ** -0.5 / 0.87962566103423978
     return init.trunc_normal_(tensor, std=uncut, a=-2 * uncut, b=2 * uncut)
+
+
+def torch_default_(layer: nn.Linear | nn.Conv2d) -> None:
+    """What torch does to a new layer: weight and bias uniform within fan_in^-1/2."""
+    init.kaiming_uniform_(layer.weight, a=5**0.5)
+    if layer.bias is not None:
+        bound = layer.weight[0].numel() ** -0.5
+        init.uniform_(layer.bias, -bound, bound)

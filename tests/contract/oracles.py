@@ -128,11 +128,16 @@ class ClipWithViT(nn.Module):
     def forward(self, input_ids, attention_mask, pixel_values):
         image = self.visual_projection(self.vision_model(pixel_values).last_hidden_state[:, 0])
         text = self.text_projection(self.text_model(input_ids, attention_mask).pooler_output)
-        image, text = image / image.norm(dim=1, keepdim=True), text / text.norm(dim=1, keepdim=True)
-        logits = self.logit_scale.exp() * image @ text.T
-        own = logits.diagonal()
-        loss = (logits.logsumexp(1) - own).mean() / 2 + (logits.logsumexp(0) - own).mean() / 2
-        return dict(zip(COMPARED, (loss, logits, logits.T, text, image), strict=True))
+        return compared(image, text, self.logit_scale)
+
+
+def compared(image: torch.Tensor, text: torch.Tensor, logit_scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    """CLIP's figure 3."""
+    image, text = image / image.norm(dim=1, keepdim=True), text / text.norm(dim=1, keepdim=True)
+    logits = logit_scale.exp() * image @ text.T
+    own = logits.diagonal()
+    loss = (logits.logsumexp(1) - own).mean() / 2 + (logits.logsumexp(0) - own).mean() / 2
+    return dict(zip(COMPARED, (loss, logits, logits.T, text, image), strict=True))
 
 
 def clip_with_vit_oracle(model, **changes) -> Oracle:
@@ -143,6 +148,7 @@ def clip_with_vit_oracle(model, **changes) -> Oracle:
 
 
 ACTIVATIONS = {
+    "relu": lambda x: x.clamp(min=0),
     "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
     "gelu_pytorch_tanh": lambda x: x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
 }
@@ -202,3 +208,69 @@ def equations_oracle(model, hidden_act: str | None = None) -> Oracle:
         return {"loss": -logits.log_softmax(1)[range(len(labels)), labels].mean(), "logits": logits}
 
     return Oracle(run, parameters)
+
+
+def resnet_oracle(model, hidden_act: str = "relu") -> Oracle:
+    """CLIP's ResNet tower, equation by equation, on copies of the model's parameters and statistics."""
+    config = model.config
+    parameters = {name: nn.Parameter(value.detach().clone()) for name, value in model.named_parameters()}
+    statistics = {name: value.clone() for name, value in model.named_buffers()}
+    activation = ACTIVATIONS[hidden_act]
+
+    def channels(values):
+        return values[:, None, None]
+
+    def conv_norm(x, convolution, norm, **options):
+        x = F.conv2d(x, parameters[f"{convolution}.weight"], **options)
+        deviation = (statistics[f"{norm}.running_var"] + config.batch_norm_eps).sqrt()
+        x = (x - channels(statistics[f"{norm}.running_mean"])) / channels(deviation)
+        return x * channels(parameters[f"{norm}.weight"]) + channels(parameters[f"{norm}.bias"])
+
+    def means(x, side):
+        """Of squares that do not overlap."""
+        return x.unflatten(3, (-1, side)).mean(4).unflatten(2, (-1, side)).mean(3)
+
+    def block(x, name, stride):
+        main = activation(conv_norm(x, f"{name}.conv1", f"{name}.bn1"))
+        main = activation(conv_norm(main, f"{name}.conv2", f"{name}.bn2", padding=1))
+        main = conv_norm(means(main, stride), f"{name}.conv3", f"{name}.bn3")
+        if f"{name}.downsample.0.weight" in parameters:
+            x = conv_norm(means(x, stride), f"{name}.downsample.0", f"{name}.downsample.1")
+        return activation(main + x)
+
+    def linear(x, name):
+        return x @ parameters[f"attnpool.{name}_proj.weight"].T + parameters[f"attnpool.{name}_proj.bias"]
+
+    def attention_pool(x):
+        x = x.flatten(2).mT
+        x = torch.cat([x.mean(1, keepdim=True), x], 1) + parameters["attnpool.positional_embedding"]
+        width = x.shape[2] // config.num_attention_heads
+        heads = [linear(x, name).split(width, dim=2) for name in "qkv"]
+        mixed = [((q @ k.mT) / math.sqrt(width)).softmax(-1) @ v for q, k, v in zip(*heads, strict=True)]
+        return linear(torch.cat(mixed, dim=2), "c")[:, 0]
+
+    def run(pixel_values):
+        x = activation(conv_norm(pixel_values, "conv1", "bn1", stride=2, padding=1))
+        x = activation(conv_norm(x, "conv2", "bn2", padding=1))
+        x = means(activation(conv_norm(x, "conv3", "bn3", padding=1)), 2)
+        for stage, depth in enumerate(config.depths, start=1):
+            for number in range(depth):
+                x = block(x, f"layer{stage}.{number}", stride=2 if stage > 1 and number == 0 else 1)
+        return {"last_hidden_state": x, "pooler_output": attention_pool(x)}
+
+    return Oracle(run, parameters)
+
+
+def clip_with_resnet_oracle(model, hidden_act: str | None = None) -> Oracle:
+    vision = resnet_oracle(model.vision_model, hidden_act or "relu")
+    text = clip_text_oracle(model.text_model, **({"hidden_act": hidden_act} if hidden_act else {}))
+    own = (model.text_projection.weight, model.logit_scale)
+    projection, scale = (nn.Parameter(value.detach().clone()) for value in own)
+
+    def run(input_ids, attention_mask, pixel_values):
+        texts = text.run(input_ids=input_ids, attention_mask=attention_mask)["pooler_output"] @ projection.T
+        return compared(vision.run(pixel_values)["pooler_output"], texts, scale)
+
+    parameters = {f"vision_model.{name}": value for name, value in vision.parameters.items()}
+    parameters |= {f"text_model.{name}": value for name, value in text.parameters.items()}
+    return Oracle(run, parameters | {"text_projection.weight": projection, "logit_scale": scale})

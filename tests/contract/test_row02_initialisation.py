@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_mm.models.clip.configuration_clip import MMClipConfig
+from hf_mm.models.clip.configuration_clip import MMClipConfig, MMClipResNetConfig
 from hf_mm.models.clip.modeling_clip import MMClipModel
+from hf_mm.models.clip.modeling_clip_resnet import MMClipResNetModel
 from hf_mm.models.vit.configuration_vit import MMViTConfig
 from hf_mm.models.vit.modeling_vit import MMViTForImageClassification
 
@@ -93,6 +94,29 @@ CLIP = {
     r"^logit_scale": constant(2.659260036932778),
     **NORMS,
 }
+# Of a tower of width 8: 4 channels in the stem, 8 to 64 within the blocks, 256 at the end.
+RESNET = {
+    r"^conv1\.weight": uniform((3 * 9) ** -0.5),
+    r"^conv[23]\.weight": uniform((4 * 9) ** -0.5),
+    r"layer1\.0\.(conv1|downsample\.0)\.weight": uniform(8**-0.5),
+    r"layer1\.1\.conv1\.weight|layer2\.0\.(conv1|downsample\.0)\.weight": uniform(32**-0.5),
+    r"layer3\.0\.(conv1|downsample\.0)\.weight": uniform(64**-0.5),
+    r"layer4\.0\.(conv1|downsample\.0)\.weight": uniform(128**-0.5),
+    **{rf"layer{stage}\.\d\.conv2\.weight": uniform((2 ** (stage + 2) * 9) ** -0.5) for stage in range(1, 5)},
+    **{rf"layer{stage}\.\d\.conv3\.weight": uniform((2 ** (stage + 2)) ** -0.5) for stage in range(1, 5)},
+    r"layer\d\.\d\.bn3\.weight": constant(0.0),
+    r"(^bn[123]|bn[12]|downsample\.1)\.weight": constant(1.0),
+    r"(bn[123]|downsample\.1)\.bias": constant(0.0),
+    r"attnpool\.positional_embedding": normal(256**-0.5),
+    r"attnpool\.[qkvc]_proj\.weight": normal(256**-0.5),
+    r"attnpool\.[qkvc]_proj\.bias": uniform(256**-0.5),
+}
+
+
+def resnet():
+    return MMClipResNetModel(
+        MMClipResNetConfig(depths=(2, 1, 1, 1), width=8, num_attention_heads=4, image_size=128, projection_dim=64)
+    )
 
 
 def vit():
@@ -116,7 +140,8 @@ def clip():
     return MMClipModel(MMClipConfig(vision_config=vision, text_config=text, projection_dim=64))
 
 
-BOTH = pytest.mark.parametrize(("build", "laws"), [(vit, VIT), (clip, CLIP)], ids=["mm_vit", "mm_clip"])
+NAMES = ["mm_vit", "mm_clip", "mm_clip_resnet"]
+EVERY = pytest.mark.parametrize(("build", "laws"), [(vit, VIT), (clip, CLIP), (resnet, RESNET)], ids=NAMES)
 
 
 def check_law(name: str, parameter: torch.Tensor, laws: dict):
@@ -132,13 +157,13 @@ def check_law(name: str, parameter: torch.Tensor, laws: dict):
         raise AssertionError(f"{name}: {error}") from error
 
 
-@BOTH
+@EVERY
 def test_every_parameter_follows_the_law_of_the_paper(build, laws):
     for name, parameter in build().named_parameters():
         check_law(name, parameter, laws)
 
 
-@BOTH
+@EVERY
 def test_what_a_file_lacks_follows_its_law_and_nothing_else_is_touched(build, laws, tmp_path):
     """The first parameter of every law is taken out of the file."""
     model = build()
@@ -159,7 +184,7 @@ def test_what_a_file_lacks_follows_its_law_and_nothing_else_is_touched(build, la
             assert (parameter == 0.7).all(), name
 
 
-@pytest.mark.parametrize("build", [vit, clip], ids=["mm_vit", "mm_clip"])
+@pytest.mark.parametrize("build", [vit, clip, resnet], ids=NAMES)
 def test_a_seed_gives_the_same_weights_and_another_seed_others(build):
     models = []
     for seed in (1, 1, 2):

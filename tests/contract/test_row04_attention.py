@@ -3,14 +3,18 @@
 import pytest
 import torch
 
-from .cases import blocks, cases_for, in_double, largest_error
+from hf_mm.models.clip.modeling_clip_resnet import Stage
+
+from .cases import RESNET, attentions, blocks, cases_for, has_transformer, in_double, largest_error
 
 EVERY = pytest.mark.parametrize("case", cases_for(4), ids=str)
+TRANSFORMERS = pytest.mark.parametrize("case", cases_for(4, has_transformer), ids=str)
+RESNETS = pytest.mark.parametrize("case", cases_for(4, lambda case: not has_transformer(case)), ids=str)
 
 
 def towers(case, outputs) -> list:
-    """The outputs that carry hidden states and attention maps: of both towers where there are two."""
-    pair = [outputs.get("vision_model_output"), outputs.get("text_model_output")]
+    """The outputs that carry hidden states and attention maps: where there are two towers, first the text's."""
+    pair = [outputs.get("text_model_output"), outputs.get("vision_model_output")]
     return [tower for tower in pair if tower is not None] or [outputs]
 
 
@@ -20,7 +24,7 @@ def test_sdpa_equals_eager(case):
     answers = {}
     for kernel in ("sdpa", "eager"):
         model.set_attn_implementation(kernel)
-        assert {block.self_attn.config._attn_implementation for block in blocks(model)} == {kernel}
+        assert {module.config._attn_implementation for module in attentions(model)} == {kernel}
         answers[kernel] = case.read(model(**batch), batch)
     for name, reference in answers["eager"].items():
         assert largest_error(answers["sdpa"][name], reference) <= 1e-9, name
@@ -31,10 +35,10 @@ def test_sdpa_is_the_default_and_eager_can_be_asked_for(case, tmp_path):
     assert case.build().config._attn_implementation == "sdpa"
     case.build().save_pretrained(tmp_path)
     model = case.auto_class.from_pretrained(tmp_path, attn_implementation="eager")
-    assert {block.self_attn.config._attn_implementation for block in blocks(model)} == {"eager"}
+    assert {module.config._attn_implementation for module in attentions(model)} == {"eager"}
 
 
-@EVERY
+@TRANSFORMERS
 def test_every_block_gives_one_map_and_one_hidden_state(case):
     model, batch = case.build(), case.batch(3)
     model.set_attn_implementation("eager")
@@ -50,7 +54,7 @@ def test_every_block_gives_one_map_and_one_hidden_state(case):
             torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
 
 
-@EVERY
+@TRANSFORMERS
 def test_hidden_states_are_those_between_the_blocks(case):
     model, batch = case.build(), case.batch(3)
     seen = []
@@ -65,6 +69,28 @@ def test_hidden_states_are_those_between_the_blocks(case):
     states = [state for tower in towers(case, outputs) for state in tower.hidden_states]
     assert len(states) == len(expected)
     assert all(torch.equal(state, reference) for state, reference in zip(states, expected, strict=True))
+
+
+@RESNETS
+def test_a_resnet_gives_the_map_of_its_pool_and_what_stands_between_its_stages(case):
+    model, batch = case.build(), case.batch(3)
+    model.set_attn_implementation("eager")
+    seen = []
+    for stage in (module for module in model.modules() if isinstance(module, Stage)):
+        stage.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    tower = towers(case, model(**batch, output_attentions=True, output_hidden_states=True))[-1]
+    (attention,) = tower.attentions
+    assert attention.shape == (3, RESNET["num_attention_heads"], 1, 1 + 2 * 2)
+    torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+    assert [tuple(state.shape[1:]) for state in tower.hidden_states] == [
+        (8, 16, 16),
+        (32, 16, 16),
+        (64, 8, 8),
+        (128, 4, 4),
+        (256, 2, 2),
+    ]
+    expected = [seen[0][0], *(output for _, output in seen)]
+    assert all(torch.equal(state, one) for state, one in zip(tower.hidden_states, expected, strict=True))
 
 
 @EVERY

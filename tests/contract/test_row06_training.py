@@ -13,6 +13,8 @@ from .training import NUM_SAMPLES, samples_of, trained, trainer_for, with_loss
 
 EVERY = pytest.mark.parametrize("case", cases_for(6), ids=str)
 WITH_LOSS = pytest.mark.parametrize("case", cases_for(6, with_loss), ids=str)
+PER_PICTURE = pytest.mark.parametrize("case", cases_for(6, lambda case: case.loss and not case.exceptions), ids=str)
+PER_BATCH = pytest.mark.parametrize("case", cases_for(6, lambda case: bool(case.exceptions)), ids=str)
 WITH_LABELS = pytest.mark.parametrize("case", cases_for(6, lambda case: "labels" in case.inputs), ids=str)
 
 
@@ -49,7 +51,7 @@ def test_four_accumulated_batches_equal_one(case, tmp_path):
     assert_same_training(once, accumulated)
 
 
-@WITH_LOSS
+@PER_PICTURE
 def test_accumulation_takes_the_mean_of_its_batches(case, tmp_path):
     """Twice the same batch is as once."""
     samples = samples_of(in_double(case.batch(NUM_SAMPLES)))
@@ -70,11 +72,40 @@ def two_processes(tmp_path_factory):
     return {name: torch.load(root / f"{number}.pt") for number, name in enumerate(names)}
 
 
-@WITH_LOSS
+@PER_PICTURE
 def test_two_processes_equal_one(case, two_processes, tmp_path):
     world_size, *training = two_processes[case.name]
     assert world_size == 2
     assert_same_training(trained(case, tmp_path), training)
+
+
+@PER_BATCH
+def test_what_the_case_excepts_does_not_hold(case, two_processes, tmp_path):
+    """BatchNorm: two processes have statistics of half a batch, and accumulated batches are counted one by one."""
+    assert set(case.exceptions) == {"accumulation", "processes"}
+    (weights, losses), (_, other_weights, other_losses) = trained(case, tmp_path), two_processes[case.name]
+    assert losses != pytest.approx(other_losses, rel=1e-3)
+    counters = [name for name in weights if name.endswith("num_batches_tracked")]
+    assert counters
+    assert {int(weights[name]) for name in counters} == {int(other_weights[name]) for name in counters} == {2}
+    accumulated, _ = trained(case, tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    assert {int(accumulated[name]) for name in counters} == {4}
+
+
+@PER_BATCH
+def test_with_its_tower_frozen_nothing_is_excepted(case, tmp_path):
+    """Twice the same batch is as once, and the statistics stay as they are."""
+    samples = samples_of(in_double(case.batch(NUM_SAMPLES)))
+    options = {"per_device_train_batch_size": NUM_SAMPLES, "train_sampling_strategy": "sequential", "max_steps": 1}
+    models = [case.build().double() for _ in range(2)]
+    for model in models:
+        model.vision_model.requires_grad_(False)
+    before = {name: value.clone() for name, value in models[0].vision_model.state_dict().items()}
+    once = trained(case, tmp_path, model=models[0], samples=samples, **options)
+    twice = trained(case, tmp_path, model=models[1], samples=2 * samples, gradient_accumulation_steps=2, **options)
+    assert_same_training(once, twice)
+    after = models[0].vision_model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 @EVERY
@@ -86,17 +117,19 @@ def test_checkpointing_recomputes_every_block_and_changes_no_gradient(case):
         if checkpointing:
             model.activation_checkpointing_enable()
         for block in blocks(model):
-            block.mlp.register_forward_pre_hook(lambda module, args: calls.append(module))
+            next(block.children()).register_forward_pre_hook(lambda module, args: calls.append(module))
         outputs = case.read(model(**batch), batch)
         sum(value.square().sum() for value in outputs.values()).backward()
-        return len(calls), {name: parameter.grad for name, parameter in model.named_parameters()}
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        return len(calls), gradients, dict(model.named_buffers())
 
-    calls, gradients = calls_and_gradients(checkpointing=False)
-    checkpointed_calls, checkpointed_gradients = calls_and_gradients(checkpointing=True)
+    calls, gradients, buffers = calls_and_gradients(checkpointing=False)
+    checkpointed_calls, checkpointed_gradients, checkpointed_buffers = calls_and_gradients(checkpointing=True)
     assert calls == len(list(blocks(case.build())))
     assert checkpointed_calls == 2 * calls
     for name, gradient in gradients.items():
         torch.testing.assert_close(checkpointed_gradients[name], gradient, rtol=1e-12, atol=1e-14)
+    assert all(torch.equal(checkpointed_buffers[name], buffer) for name, buffer in buffers.items())
 
 
 @WITH_LOSS

@@ -61,7 +61,12 @@ TARGETS = {
     "crop": Target(
         "hf_mm/models/clip/image_processing_clip.py",
         ("tests/models/clip/test_crop_edges.py", "tests/models/clip/test_image_processing_clip.py"),
-        functions=("center_crop", "_middle_of_strip", "_crop_follows_size"),
+        functions=("_middle_of_strip", "_crop_follows_size"),
+    ),
+    "center": Target(
+        "hf_mm/image_utils.py",
+        ("tests/models/clip/test_crop_edges.py", "tests/models/clip/test_image_processing_clip.py"),
+        functions=("center_crop",),
     ),
     "resume": Target(
         "hf_mm/trainers/checkpointing.py",

@@ -9,7 +9,10 @@ from transformers.configuration_utils import SubConfigSpec
 from ...nn.patches import to_pair
 from ...nn.positions import INTERPOLATIONS
 from ..vit.configuration_vit import validate_patches, validate_transformer
+from .presets_clip import preset
 
+VISION_POOLINGS = ("pooler", "cls", "mean")
+TEXT_POOLINGS = ("pooler", "cls", "mean", "last")
 TRANSFORMERS_TYPES = {"clip": "mm_clip", "clip_text_model": "mm_clip_text", "clip_vision_model": "mm_clip_vision"}
 
 
@@ -141,10 +144,76 @@ class MMClipVisionConfig(_ReadsTransformersClip, PreTrainedConfig):
         """Refuses combinations of fields that no model can be built from."""
         validate_transformer(self)
         validate_patches(self)
-        if self.pos_embed_interpolation not in INTERPOLATIONS:
+        validate_interpolation(self)
+
+
+@strict
+class MMClipResNetConfig(PreTrainedConfig):
+    """CLIP's ResNet tower. The defaults are those of RN50.
+
+    Args:
+        depths: number of bottleneck blocks of each of the four stages.
+        width: channels w after the stem; the stages end with 4 w, 8 w, 16 w and 32 w.
+        num_attention_heads: of the attention pool; must divide 32 w.
+        num_channels: of the pictures.
+        image_size: side, or ``(height, width)``, that the pool's position table is made for, multiples of 32.
+        batch_norm_eps: eps of every BatchNorm.
+        projection_dim: width of the joint space, into which the attention pool itself projects.
+        pos_embed_interpolation: how the pool's position table follows another grid, see `MMClipVisionConfig`.
+        initializer_factor: scales the initial standard deviations of the attention pool.
+    """
+
+    model_type = "mm_clip_resnet"
+    base_config_key = "vision_config"
+
+    depths: list[int] | tuple[int, ...] = (3, 4, 6, 3)
+    width: int = 64
+    num_attention_heads: int = 32
+    num_channels: int = 3
+    image_size: int | list[int] | tuple[int, int] = 224
+    batch_norm_eps: float = 1e-5
+    projection_dim: int = 1024
+    pos_embed_interpolation: str = "bicubic_antialias"
+    initializer_factor: int | float = 1.0
+
+    def __post_init__(self, **kwargs):
+        if implied := {"hidden_size", "patch_size", "num_hidden_layers"} & kwargs.keys():
             raise ValueError(
-                f"pos_embed_interpolation must be one of {', '.join(INTERPOLATIONS)}, "
-                f"not {self.pos_embed_interpolation!r}."
+                f"{', '.join(sorted(implied))} follow from width and depths in a ResNet tower: give these."
+            )
+        super().__post_init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the last stage."""
+        return 32 * self.width
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Stages: `hidden_states` are what the stem gives and what they give."""
+        return len(self.depths)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of the square of pixels that a position of the last stage stands for."""
+        return 32
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the last stage at `image_size`."""
+        height, width = to_pair(self.image_size)
+        return height // self.patch_size, width // self.patch_size
+
+    def validate_architecture(self):
+        """Refuses combinations of fields that no model can be built from."""
+        validate_patches(self)
+        validate_interpolation(self)
+        if len(self.depths) != 4 or min(self.depths) < 1:
+            raise ValueError(f"depths must be four numbers of blocks of at least 1, not {list(self.depths)}.")
+        if self.width % 2 or self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"width ({self.width}) must be even, and 32 times it a multiple of num_attention_heads "
+                f"({self.num_attention_heads})."
             )
 
 
@@ -154,8 +223,13 @@ class MMClipConfig(_ReadsTransformersClip, PreTrainedConfig):
 
     Args:
         vision_config: config, or dict of one, of the picture tower; a dict without ``model_type`` is an
-            `MMClipVisionConfig`. ``mm_vit`` is the other choice.
-        text_config: config, or dict of one, of the text tower.
+            `MMClipVisionConfig`. Any vision encoder that `AutoModel` opens is welcome: ``mm_clip_resnet``, ``mm_vit``,
+            ``dinov2``, ``convnext``, …
+        text_config: config, or dict of one, of the text tower: ours, or any text encoder that `AutoModel` opens.
+        vision_pooling: what stands for a picture: the tower's own ``"pooler"`` output, its first token (``"cls"``) or
+            the mean of its tokens, or of its feature map (``"mean"``).
+        text_pooling: what stands for a text: ``"pooler"``, ``"cls"``, ``"mean"`` of the tokens that are no padding, or
+            the ``"last"`` of them, for decoders.
         projection_dim: width of the joint space.
         logit_scale_init_value: logarithm of the factor that multiplies cosine similarities; ln(1 / 0.07) at first.
         initializer_factor: scales the initial standard deviation of both projections.
@@ -171,9 +245,50 @@ class MMClipConfig(_ReadsTransformersClip, PreTrainedConfig):
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
+    vision_pooling: str = "pooler"
+    text_pooling: str = "pooler"
     projection_dim: int = 512
     logit_scale_init_value: int | float = math.log(1 / 0.07)
     initializer_factor: int | float = 1.0
 
+    @classmethod
+    def from_preset(cls, name: str, **fields) -> "MMClipConfig":
+        """The config of a published model.
 
-__all__ = ["MMClipConfig", "MMClipTextConfig", "MMClipVisionConfig"]
+        Args:
+            name: such as ``"RN50"`` or ``"ViT-B-32"``, see `PRESETS`. OpenAI's nine have QuickGELU, as their weights
+                need; open_clip's own sizes GELU.
+            **fields: of `MMClipConfig`, in place of the preset's.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        return cls(**{**preset(name), **fields})
+
+    def validate_architecture(self):
+        """Refuses combinations of fields that no model can be built from."""
+        for field, choices in (("vision_pooling", VISION_POOLINGS), ("text_pooling", TEXT_POOLINGS)):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{field} must be one of {', '.join(choices)}, not {getattr(self, field)!r}.")
+        if projects_itself(self.vision_config) and self.vision_config.projection_dim != self.projection_dim:
+            raise ValueError(
+                f"the ResNet tower projects to {self.vision_config.projection_dim} dimensions itself, but projection_dim "
+                f"is {self.projection_dim}: give both the same."
+            )
+
+
+def projects_itself(vision_config: PreTrainedConfig) -> bool:
+    """Whether the picture tower's pooled output lies in the joint space already."""
+    return isinstance(vision_config, MMClipResNetConfig)
+
+
+def validate_interpolation(config) -> None:
+    """Raises ValueError for an unknown `pos_embed_interpolation`."""
+    if config.pos_embed_interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            f"pos_embed_interpolation must be one of {', '.join(INTERPOLATIONS)}, "
+            f"not {config.pos_embed_interpolation!r}."
+        )
+
+
+__all__ = ["MMClipConfig", "MMClipResNetConfig", "MMClipTextConfig", "MMClipVisionConfig"]

@@ -48,18 +48,6 @@ class _ClipRecipe:
         picture = super().process_image(image, **kwargs)
         return _middle_of_strip(picture) if do_resize and do_center_crop and size.shortest_edge else picture
 
-    def center_crop(self, image: np.ndarray | torch.Tensor, size: SizeDict, **kwargs) -> np.ndarray | torch.Tensor:
-        """Cuts the centre (..., height, width) out; a smaller picture gets black margins, odd pixels at the far end.
-
-        The offset is `round((side - crop) / 2)` with Python's rounding to even, as in the reference recipe.
-        """
-        margins = [max(size.height - image.shape[-2], 0), max(size.width - image.shape[-1], 0)]
-        if any(margins):
-            image = self._add_margins(image, *((margin // 2, margin - margin // 2) for margin in margins))
-        top = round((image.shape[-2] - size.height) / 2)
-        left = round((image.shape[-1] - size.width) / 2)
-        return image[..., top : top + size.height, left : left + size.width]
-
 
 class MMClipImageProcessorPil(_ClipRecipe, RGBImageProcessorPil):
     """CLIP's image processor on PIL: the reference recipe to the last bit, and the default.
@@ -77,15 +65,9 @@ class MMClipImageProcessorPil(_ClipRecipe, RGBImageProcessorPil):
         Radford et al. 2021, section 2.5 and the published code.
     """
 
-    def _add_margins(self, image: np.ndarray, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
-        return np.pad(image, ((0, 0), rows, columns))
-
 
 class MMClipImageProcessor(_ClipRecipe, RGBImageProcessorTorchvision):
     """CLIP's image processor on torchvision, for batches on an accelerator; within two grey levels of the PIL one."""
-
-    def _add_margins(self, image: torch.Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
-        return torch.nn.functional.pad(image, (*columns, *rows))
 
 
 def _middle_of_strip(picture: Image.Image | np.ndarray | torch.Tensor) -> Image.Image | np.ndarray | torch.Tensor:

@@ -1,13 +1,14 @@
-"""CLIP with a Vision Transformer tower (Radford et al. 2021, arXiv 2103.00020).
+"""CLIP, with a Vision Transformer tower or any other (Radford et al. 2021, arXiv 2103.00020).
 
 Parameters carry the names that transformers' CLIP has on disk, so that its checkpoints open here unchanged.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -18,13 +19,13 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...losses.contrastive import at_least_float32, image_text_contrastive_loss
+from ...losses.contrastive import at_least_float32, check_pairs, image_text_contrastive_loss
 from ...nn.attention import Attention
 from ...nn.blocks import MLP, TransformerEncoder, token_at
 from ...nn.patches import patch_grid, to_pair
 from ...nn.positions import resize_position_table
-from ...nn.pretrained import MMPreTrainedModel
-from .configuration_clip import MMClipConfig, MMClipTextConfig, MMClipVisionConfig
+from ...nn.pretrained import MMPreTrainedModel, torch_default_
+from .configuration_clip import MMClipConfig, MMClipTextConfig, MMClipVisionConfig, projects_itself
 
 PADDED_ON_THE_LEFT = "the text tower takes padding on the right only: set tokenizer.padding_side = 'right'."
 
@@ -71,10 +72,7 @@ class MMClipPreTrainedModel(MMPreTrainedModel):
         """The initialisation of OpenAI's release, in which the picture tower's blocks keep torch's defaults."""
         factor = self.config.initializer_factor
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            init.kaiming_uniform_(module.weight, a=5**0.5)
-            if module.bias is not None:
-                fan_in = module.weight[0].numel()
-                init.uniform_(module.bias, -(fan_in**-0.5), fan_in**-0.5)
+            torch_default_(module)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=factor * 0.02)
         else:
@@ -94,7 +92,8 @@ class MMClipPreTrainedModel(MMPreTrainedModel):
             init.normal_(module.position_embedding.weight, std=std)
         elif isinstance(module, MMClipModel):
             for projection in (module.visual_projection, module.text_projection):
-                init.normal_(projection.weight, std=factor * projection.in_features**-0.5)
+                if isinstance(projection, nn.Linear):
+                    init.normal_(projection.weight, std=factor * projection.in_features**-0.5)
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
 
     def _init_attention(self, module: Attention, factor: float):
@@ -137,7 +136,7 @@ class MMClipTextEmbeddings(nn.Module):
                 "let the processor cut it (truncation=True)."
             )
         if position_ids is None:
-            return tokens + self.position_embedding.weight[: tokens.shape[1]]
+            position_ids = torch.arange(tokens.shape[1], device=tokens.device)
         return tokens + self.position_embedding(position_ids)
 
 
@@ -148,6 +147,7 @@ class MMClipTextModel(MMClipPreTrainedModel):
     base_model_prefix = "text_model"
     main_input_name = "input_ids"
     input_modalities = ("text",)
+    pools_alone = True
     _input_embed_layer = "token_embedding"
     _keys_to_ignore_on_load_unexpected = [r"vision_model\.", r"(visual|text)_projection\.", r"logit_scale"]
 
@@ -304,8 +304,9 @@ class MMClipVisionEmbeddings(nn.Module):
         )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_embedding.expand(patches.shape[0], 1, -1), patches], dim=1)
+        positions = torch.arange(self.position_embedding.num_embeddings, device=tokens.device)
         return tokens + resize_position_table(
-            self.position_embedding.weight,
+            self.position_embedding(positions),
             config.grid_size,
             grid,
             config.pos_embed_interpolation,
@@ -320,6 +321,7 @@ class MMClipVisionModel(MMClipPreTrainedModel):
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    pools_alone = True
     _input_embed_layer = "patch_embedding"
     _keys_to_ignore_on_load_unexpected = [r"text_model\.", r"(visual|text)_projection\.", r"logit_scale"]
 
@@ -369,12 +371,32 @@ class MMClipModel(MMClipPreTrainedModel):
 
     def __init__(self, config: MMClipConfig):
         super().__init__(config)
-        self.vision_model = AutoModel.from_config(config.vision_config)
-        self.text_model = AutoModel.from_config(config.text_config)
-        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.vision_model = build_tower(config.vision_config, config.vision_pooling)
+        self.text_model = build_tower(config.text_config, config.text_pooling)
+        self.visual_projection = (
+            nn.Identity()
+            if projects_itself(config.vision_config)
+            else nn.Linear(pooled_width(config.vision_config), config.projection_dim, bias=False)
+        )
+        self.text_projection = nn.Linear(pooled_width(config.text_config), config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.post_init()
+
+    @classmethod
+    def from_vision_text_pretrained(cls, vision_model: str, text_model: str, **fields) -> "MMClipModel":
+        """Joins two pretrained encoders; the projections are new and need training.
+
+        Args:
+            vision_model: folder or Hub id of a picture encoder, or of a model that has one as ``vision_model``.
+            text_model: folder or Hub id of a text encoder, or of a model that has one as ``text_model``.
+            **fields: of `MMClipConfig`, such as `projection_dim`, `vision_pooling` and `text_pooling`.
+        """
+        vision, text = AutoModel.from_pretrained(vision_model), AutoModel.from_pretrained(text_model)
+        vision, text = getattr(vision, "vision_model", vision), getattr(text, "text_model", text)
+        model = cls(MMClipConfig(vision_config=vision.config, text_config=text.config, **fields))
+        for tower, source in ((model.vision_model, vision), (model.text_model, text)):
+            tower.load_state_dict({name: source.state_dict()[name] for name in tower.state_dict()})
+        return model.eval()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
@@ -403,25 +425,26 @@ class MMClipModel(MMClipPreTrainedModel):
             The text tower's output with `pooler_output` ``(B, projection_dim)``, not yet of unit length, and with
             tokens only where hidden states or attention maps are asked for.
         """
-        if input_ids is not None and pooling_positions is None:
-            pooling_positions = self.text_model.end_positions(input_ids)
-            check_mask_shape(attention_mask, input_ids.shape)
-            if not torch.compiler.is_compiling():
-                length = int(pooling_positions.max()) + 1
-                input_ids = input_ids[:, :length]
-                attention_mask = attention_mask[:, :length] if attention_mask is not None else None
-                position_ids = position_ids[:, :length] if position_ids is not None else None
-        outputs = self.text_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            pooling_positions=pooling_positions,
-            pooled_only=True,
-            **kwargs,
-        )
-        outputs.pooler_output = self.text_projection(outputs.pooler_output)
-        return outputs
+        options = kwargs
+        if isinstance(self.text_model, MMClipTextModel):
+            if input_ids is not None and pooling_positions is None:
+                pooling_positions = self.text_model.end_positions(input_ids)
+                check_mask_shape(attention_mask, input_ids.shape)
+                if not torch.compiler.is_compiling():
+                    length = int(pooling_positions.max()) + 1
+                    input_ids = input_ids[:, :length]
+                    attention_mask = attention_mask[:, :length] if attention_mask is not None else None
+                    position_ids = position_ids[:, :length] if position_ids is not None else None
+            options = {**kwargs, "pooling_positions": pooling_positions, "pooled_only": True}
+        elif pooling_positions is not None:
+            raise ValueError(
+                "pooling_positions are of MMClipTextModel: set MMClipConfig(text_pooling=...) for others."
+            )
+        given = {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        options |= {name: value for name, value in given.items() if value is not None}
+        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **options)
+        pooled = pool(outputs, self.config.text_pooling, "text", attention_mask)
+        return with_pooled(outputs, self.text_projection(pooled))
 
     @can_return_tuple
     def get_image_features(
@@ -434,17 +457,18 @@ class MMClipModel(MMClipPreTrainedModel):
 
         Args:
             pixel_values: ``(B, C, H, W)``, normalised.
-            interpolate_pos_encoding: accept any H and W that patches tile.
+            interpolate_pos_encoding: accept any H and W that patches tile, where the tower can.
 
         Returns:
             The picture tower's output with `pooler_output` ``(B, projection_dim)``, not yet of unit length, and with
             tokens only where hidden states or attention maps are asked for.
         """
-        outputs = self.vision_model(
-            pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, pooled_only=True, **kwargs
-        )
-        outputs.pooler_output = self.visual_projection(outputs.pooler_output)
-        return outputs
+        options = {"pooled_only": True} if getattr(self.vision_model, "pools_alone", False) else {}
+        if interpolate_pos_encoding:
+            options["interpolate_pos_encoding"] = True
+        outputs = self.vision_model(pixel_values=pixel_values.to(self.vision_model.dtype), **options, **kwargs)
+        pooled = pool(outputs, self.config.vision_pooling, "vision")
+        return with_pooled(outputs, self.visual_projection(pooled))
 
     @can_return_tuple
     def forward(
@@ -483,7 +507,12 @@ class MMClipModel(MMClipPreTrainedModel):
                 "MMClipModel compares pictures with texts and needs pixel_values and input_ids: for one of the two "
                 "call get_image_features or get_text_features."
             )
-        vision = self.get_image_features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        num_images = pixel_values.shape[0]
+        num_texts = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        with_loss = return_loss and (self.training or num_images == num_texts)
+        if with_loss:
+            check_pairs(num_images, num_texts, image_ids, text_ids)
+        # Texts first: whatever is wrong with a call is found before BatchNorm has counted its pictures.
         text = self.get_text_features(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -492,12 +521,13 @@ class MMClipModel(MMClipPreTrainedModel):
             pooling_positions=pooling_positions,
             **kwargs,
         )
+        vision = self.get_image_features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         image_embeds = nn.functional.normalize(at_least_float32(vision.pooler_output), dim=-1)
         text_embeds = nn.functional.normalize(at_least_float32(text.pooler_output), dim=-1)
         scale = self.logit_scale.exp()
 
         loss = None
-        if return_loss and (self.training or image_embeds.shape[0] == text_embeds.shape[0]):
+        if with_loss:
             gather = self.training if gather_loss is None else gather_loss
             loss = image_text_contrastive_loss(image_embeds, text_embeds, scale, image_ids, text_ids, gather=gather)
         with torch.autocast(image_embeds.device.type, enabled=False):
@@ -511,6 +541,59 @@ class MMClipModel(MMClipPreTrainedModel):
             text_model_output=text,
             vision_model_output=vision,
         )
+
+
+def build_tower(config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+    """The encoder of a config, without the pooling layer that `pooling` would leave untrained."""
+    if pooling == "pooler":
+        return AutoModel.from_config(config)
+    arguments = inspect.signature(AutoModel._model_mapping[type(config)].__init__).parameters
+    return AutoModel.from_config(config, **({"add_pooling_layer": False} if "add_pooling_layer" in arguments else {}))
+
+
+def pooled_width(config: PreTrainedConfig) -> int:
+    """Width of an encoder's tokens: convolutional ones have one for each stage."""
+    return config.hidden_size if hasattr(config, "hidden_size") else config.hidden_sizes[-1]
+
+
+def pool(outputs: ModelOutput, pooling: str, tower: str, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """``(B, D)``: what stands for each picture or text.
+
+    Args:
+        outputs: of any encoder: `last_hidden_state` ``(B, T, D)`` or ``(B, D, H, W)``, and perhaps `pooler_output`.
+        pooling: see `MMClipConfig`.
+        tower: ``"vision"`` or ``"text"``, for the message.
+        attention_mask: ``(B, T)``, 1 for tokens.
+
+    Raises:
+        ValueError: the encoder has no pooled output.
+    """
+    if pooling == "pooler":
+        if outputs.get("pooler_output") is None:
+            raise ValueError(
+                f"the {tower} tower has no pooled output: give MMClipConfig another {tower}_pooling, such as 'mean'."
+            )
+        return outputs.pooler_output.flatten(1)
+    tokens = outputs.last_hidden_state
+    tokens = tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens
+    if pooling == "cls":
+        return tokens[:, 0]
+    if pooling == "last":
+        return token_at(tokens, last_kept_positions(attention_mask, tokens))[:, 0]
+    if attention_mask is None:
+        return tokens.mean(dim=1)
+    kept = attention_mask[..., None].to(tokens.dtype)
+    return (tokens * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
+
+
+def with_pooled(outputs: ModelOutput, pooled: torch.Tensor) -> BaseModelOutputWithPooling:
+    """The output of any encoder with another `pooler_output`."""
+    return BaseModelOutputWithPooling(
+        last_hidden_state=outputs.get("last_hidden_state"),
+        pooler_output=pooled,
+        hidden_states=outputs.get("hidden_states"),
+        attentions=outputs.get("attentions"),
+    )
 
 
 class ToVector(ConversionOps):

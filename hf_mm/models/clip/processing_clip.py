@@ -16,10 +16,10 @@ class MMClipProcessor(ProcessorMixin):
 
     Args:
         image_processor: a CLIP image processor, see `MMClipImageProcessorPil`.
-        tokenizer: see `MMClipTokenizer`.
+        tokenizer: see `MMClipTokenizer`; another text tower has its own.
     """
 
-    text_kwargs = {"padding": True, "return_tensors": "pt"}
+    text_kwargs = {"padding": True, "truncation": True, "return_tensors": "pt"}
     images_kwargs = {"return_tensors": "pt"}
 
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):

@@ -101,6 +101,8 @@ class MMViTPreTrainedModel(MMPreTrainedModel):
 class MMViTModel(MMViTPreTrainedModel):
     """The trunk: pictures to normalised tokens and one pooled vector."""
 
+    pools_alone = True
+
     def __init__(self, config: MMViTConfig):
         super().__init__(config)
         self.embeddings = MMViTEmbeddings(config)

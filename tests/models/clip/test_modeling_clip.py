@@ -197,14 +197,14 @@ def test_the_pooled_token_alone_is_the_same_picture():
 
 def test_the_last_block_computes_the_pooled_token_alone():
     model, tokens = tiny_clip(), []
-    for tower in (model.vision_model, model.text_model):
+    for tower in (model.text_model, model.vision_model):
         for block in tower.encoder.layers:
             block.mlp.register_forward_pre_hook(lambda module, args: tokens.append(args[0].shape[1]))
     inputs = {"pixel_values": pixels(32, 32), "input_ids": texts(6, 9, 7)[0]}
     alone = model(**inputs)
-    assert tokens == [17, 1, 9, 1]
+    assert tokens == [9, 1, 17, 1]
     every = model(**inputs, output_hidden_states=True)
-    assert tokens[4:] == [17, 17, 9, 9]
+    assert tokens[4:] == [9, 9, 17, 17]
     assert every.text_model_output.last_hidden_state.shape == (3, 9, 32)
     assert every.vision_model_output.last_hidden_state.shape == (3, 17, 48)
     torch.testing.assert_close(alone.logits_per_image, every.logits_per_image, rtol=1e-12, atol=1e-12)
