@@ -1,0 +1,196 @@
+"""Checkpoints in the published layouts, key by key as the specifications list them: random numbers, true names and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_mm.models.clip.configuration_clip import MMClipConfig, MMClipResNetConfig
+from hf_mm.models.vit.configuration_vit import MMViTConfig
+
+
+class Drawn(dict):
+    """Tensors of a checkpoint, drawn one by one; on the meta device only their shapes."""
+
+    def __init__(self, device: str = "cpu"):
+        super().__init__()
+        self.device = device
+        self.generator = None if device == "meta" else torch.Generator().manual_seed(0)
+
+    def draw(self, name: str, *shape: int) -> None:
+        if self.device == "meta":
+            self[name] = torch.empty(shape, device="meta")
+        else:
+            self[name] = 0.1 * torch.randn(shape, generator=self.generator)
+
+    def draw_norm(self, name: str, width: int) -> None:
+        self.draw(f"{name}.weight", width)
+        self.draw(f"{name}.bias", width)
+        self[f"{name}.weight"] = self[f"{name}.weight"] + 1
+
+    def draw_batch_norm(self, name: str, width: int) -> None:
+        self.draw_norm(name, width)
+        self.draw(f"{name}.running_mean", width)
+        self.draw(f"{name}.running_var", width)
+        self[f"{name}.running_var"] = self[f"{name}.running_var"].abs() + 0.5
+        self[f"{name}.num_batches_tracked"] = torch.tensor(7, device=self.device)
+
+
+def openai_state(config: MMClipConfig, device: str = "cpu", text_prefix: str = "") -> dict[str, torch.Tensor]:
+    """The state dict of OpenAI's, or open_clip's, model of the config's sizes."""
+    state = Drawn(device)
+    vision, text = config.vision_config, config.text_config
+    (_openai_resnet if isinstance(vision, MMClipResNetConfig) else _openai_vit)(state, vision, config.projection_dim)
+    width = text.hidden_size
+    state.draw(f"{text_prefix}token_embedding.weight", text.vocab_size, width)
+    state.draw(f"{text_prefix}positional_embedding", text.max_position_embeddings, width)
+    _openai_blocks(state, f"{text_prefix}transformer", text)
+    state.draw_norm(f"{text_prefix}ln_final", width)
+    state.draw(f"{text_prefix}text_projection", width, config.projection_dim)
+    state["logit_scale"] = torch.tensor(4.5, device=device)
+    return dict(state)
+
+
+def _openai_vit(state: Drawn, vision: Any, projection_dim: int) -> None:
+    width, patch, side = vision.hidden_size, vision.patch_size, vision.image_size // vision.patch_size
+    state.draw("visual.class_embedding", width)
+    state.draw("visual.positional_embedding", 1 + side**2, width)
+    state.draw("visual.proj", width, projection_dim)
+    state.draw("visual.conv1.weight", width, 3, patch, patch)
+    state.draw_norm("visual.ln_pre", width)
+    _openai_blocks(state, "visual.transformer", vision)
+    state.draw_norm("visual.ln_post", width)
+
+
+def _openai_blocks(state: Drawn, tower: str, config: Any) -> None:
+    width, hidden = config.hidden_size, config.intermediate_size
+    for number in range(config.num_hidden_layers):
+        block = f"{tower}.resblocks.{number}"
+        state.draw(f"{block}.attn.in_proj_weight", 3 * width, width)
+        state.draw(f"{block}.attn.in_proj_bias", 3 * width)
+        for name, rows, columns in (
+            ("attn.out_proj", width, width),
+            ("mlp.c_fc", hidden, width),
+            ("mlp.c_proj", width, hidden),
+        ):
+            state.draw(f"{block}.{name}.weight", rows, columns)
+            state.draw(f"{block}.{name}.bias", rows)
+        state.draw_norm(f"{block}.ln_1", width)
+        state.draw_norm(f"{block}.ln_2", width)
+
+
+def _openai_resnet(state: Drawn, vision: MMClipResNetConfig, projection_dim: int) -> None:
+    width = vision.width
+    for number, channels in enumerate(((width // 2, 3), (width // 2, width // 2), (width, width // 2)), start=1):
+        state.draw(f"visual.conv{number}.weight", *channels, 3, 3)
+        state.draw_batch_norm(f"visual.bn{number}", channels[0])
+    channels = width
+    for stage, depth in enumerate(vision.depths, start=1):
+        planes = width * 2 ** (stage - 1)
+        for number in range(depth):
+            block = f"visual.layer{stage}.{number}"
+            state.draw(f"{block}.conv1.weight", planes, channels, 1, 1)
+            state.draw(f"{block}.conv2.weight", planes, planes, 3, 3)
+            state.draw(f"{block}.conv3.weight", 4 * planes, planes, 1, 1)
+            for norm, norm_width in (("bn1", planes), ("bn2", planes), ("bn3", 4 * planes)):
+                state.draw_batch_norm(f"{block}.{norm}", norm_width)
+            if number == 0:
+                state.draw(f"{block}.downsample.0.weight", 4 * planes, channels, 1, 1)
+                state.draw_batch_norm(f"{block}.downsample.1", 4 * planes)
+            channels = 4 * planes
+    state.draw("visual.attnpool.positional_embedding", 1 + (vision.image_size // 32) ** 2, channels)
+    for name, rows in (("q_proj", channels), ("k_proj", channels), ("v_proj", channels), ("c_proj", projection_dim)):
+        state.draw(f"visual.attnpool.{name}.weight", rows, channels)
+        state.draw(f"visual.attnpool.{name}.bias", rows)
+
+
+def open_clip_json(config: MMClipConfig) -> dict[str, Any]:
+    """The ``open_clip_config.json`` of a model of these sizes, as open_clip's own files are written."""
+    vision, text = config.vision_config, config.text_config
+    if isinstance(vision, MMClipResNetConfig):
+        layers, width, heads = list(vision.depths), vision.width, vision.num_attention_heads
+        vision_cfg = {"layers": layers, "width": width, "head_width": 32 * width // heads, "patch_size": None}
+    else:
+        layers, width = vision.num_hidden_layers, vision.hidden_size
+        vision_cfg = {
+            "layers": layers,
+            "width": width,
+            "head_width": width // vision.num_attention_heads,
+            "patch_size": vision.patch_size,
+            "mlp_ratio": vision.intermediate_size / width,
+        }
+    text_cfg = {
+        "context_length": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+        "width": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "layers": text.num_hidden_layers,
+        "mlp_ratio": text.intermediate_size / text.hidden_size,
+    }
+    return {
+        "model_cfg": {
+            "embed_dim": config.projection_dim,
+            "quick_gelu": text.hidden_act == "quick_gelu",
+            "vision_cfg": {**vision_cfg, "image_size": vision.image_size},
+            "text_cfg": text_cfg,
+        },
+        "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.3, 0.3, 0.2], "interpolation": "bicubic"},
+    }
+
+
+def flax_arrays(
+    config: MMViTConfig, classes: int = 0, prefix: str = "", linen: bool = False, big_vision: bool = False
+) -> dict[str, np.ndarray]:
+    """What an ``.npz`` file of the authors' holds for a model of these sizes.
+
+    Args:
+        config: the sizes.
+        classes: of the head; none with 0.
+        prefix: of all names.
+        linen: modules are counted by kind.
+        big_vision: the position table is at the top.
+    """
+    random = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray] = {}
+
+    def draw(name: str, *shape: int, around: float = 0.0) -> None:
+        arrays[prefix + name] = (around + 0.1 * random.standard_normal(shape)).astype(np.float32)
+
+    def draw_norm(name: str) -> None:
+        draw(f"{name}/scale", width, around=1.0)
+        draw(f"{name}/bias", width)
+
+    def draw_dense(name: str, inputs: Iterable[int], outputs: Iterable[int]) -> None:
+        draw(f"{name}/kernel", *inputs, *outputs)
+        draw(f"{name}/bias", *outputs)
+
+    width, heads, patch = config.hidden_size, config.num_attention_heads, config.patch_size
+    rows, columns = config.grid_size
+    norm1, attention, norm2, mlp = (
+        ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
+        if linen
+        else ("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
+    )
+    if config.pooling == "cls":
+        draw("cls", 1, 1, width)
+    positions = "pos_embedding" if big_vision else "Transformer/posembed_input/pos_embedding"
+    draw(positions, 1, (config.pooling == "cls") + rows * columns, width)
+    draw_dense("embedding", (patch, patch, 3), (width,))
+    for number in range(config.num_hidden_layers):
+        block = f"Transformer/encoderblock_{number}"
+        draw_norm(f"{block}/{norm1}")
+        for part in ("query", "key", "value"):
+            draw_dense(f"{block}/{attention}/{part}", (width,), (heads, width // heads))
+        draw_dense(f"{block}/{attention}/out", (heads, width // heads), (width,))
+        draw_norm(f"{block}/{norm2}")
+        draw_dense(f"{block}/{mlp}/Dense_0", (width,), (config.intermediate_size,))
+        draw_dense(f"{block}/{mlp}/Dense_1", (config.intermediate_size,), (width,))
+    draw_norm("Transformer/encoder_norm")
+    if config.pre_logits:
+        draw_dense("pre_logits", (width,), (width,))
+    if classes:
+        draw_dense("head", (width,), (classes,))
+    return arrays

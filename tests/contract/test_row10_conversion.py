@@ -1,0 +1,226 @@
+"""Row 10: published layout to ours and back, bit-equal; every name accounted for; a wrong file refused with the names."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPModel,
+    CLIPTextModel,
+    CLIPVisionModel,
+    PreTrainedModel,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from hf_mm.conversion.engine import export, stored_tensors
+from hf_mm.conversion.rules import ConversionError, plan
+from hf_mm.models.clip import conversion_clip
+from hf_mm.models.clip.configuration_clip import MMClipConfig, MMClipResNetConfig
+from hf_mm.models.clip.modeling_clip import MMClipModel, MMClipTextModel, MMClipVisionModel
+from hf_mm.models.vit import conversion_vit
+from hf_mm.models.vit.modeling_vit import MMViTForImageClassification, MMViTModel
+
+from .cases import cases_for, largest_error
+from .published import open_clip_json, openai_state
+
+EVERY = pytest.mark.parametrize("case", cases_for(10), ids=str)
+PEERS = {
+    MMViTForImageClassification: ViTForImageClassification,
+    MMViTModel: ViTModel,
+    MMClipTextModel: CLIPTextModel,
+    MMClipVisionModel: CLIPVisionModel,
+    MMClipModel: CLIPModel,
+}
+
+
+# Published towers have a prefix, which transformers leaves out of a new one.
+PREFIXES = {MMClipTextModel: "text_model.", MMClipVisionModel: "vision_model."}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published folder of a case's sizes, made without the converter.
+
+    Attributes:
+        folder: config and weights, and the vocabulary where there are texts.
+        weights: the file of weights.
+        peer: the model that wrote it, where it is one of transformers'.
+    """
+
+    folder: Path
+    weights: Path
+    peer: PreTrainedModel | None = None
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return load_file(self.weights)
+
+
+def has_resnet(config) -> bool:
+    return isinstance(config, MMClipConfig) and isinstance(config.vision_config, MMClipResNetConfig)
+
+
+@pytest.fixture
+def published(case, tmp_path) -> Published:
+    folder, config = tmp_path / "published", case.config()
+    if "text" in case.inputs:
+        getattr(case.preparer, "tokenizer", case.preparer).save_pretrained(folder)
+    if has_resnet(config):
+        folder.mkdir(exist_ok=True)
+        save_file(openai_state(config), folder / "open_clip_model.safetensors")
+        (folder / "open_clip_config.json").write_text(json.dumps(open_clip_json(config)))
+        return Published(folder, folder / "open_clip_model.safetensors")
+    # What config transformers' own model of these sizes has is taken from the converter, and proved by the outputs.
+    if case.model_class in (MMViTModel, MMViTForImageClassification):
+        theirs = conversion_vit.transformers_config(config, case.model_class)
+    else:
+        theirs = conversion_clip.transformers_config(config)
+    peer = PEERS[case.model_class](theirs).eval()
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    peer.save_pretrained(folder)
+    if prefix := PREFIXES.get(case.model_class):
+        tensors = load_file(folder / "model.safetensors")
+        save_file({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return Published(folder, folder / "model.safetensors", peer)
+
+
+def read(case, source: Path):
+    module_read = conversion_vit.read_vit if case.config().model_type == "mm_vit" else conversion_clip.read_clip
+    return module_read(source)[0]
+
+
+def rules_of(case):
+    if case.config().model_type == "mm_vit":
+        return conversion_vit.transformers_rules(case.model_class)
+    if has_resnet(case.config()):
+        return conversion_clip.open_clip_rules(resnet=True)
+    return conversion_clip.transformers_rules(case.model_class)
+
+
+@EVERY
+def test_there_and_back_is_bit_equal(case, published):
+    model = read(case, published.folder).build()
+    assert type(model) is case.model_class
+    back, tensors = export(model, rules_of(case)), published.tensors
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype, name
+        assert torch.equal(back[name], tensor), name
+
+
+@pytest.mark.parametrize("case", cases_for(10, lambda case: not has_resnet(case.config())), ids=str)
+def test_the_converted_model_computes_what_the_publisher_s_does(case, published):
+    """Of the models that transformers has; tests/peers compares with open_clip's."""
+    model, batch = read(case, published.folder).build(), case.batch(3)
+    batch.pop("labels", None)
+    with torch.no_grad():
+        ours, theirs = case.read(model(**batch), batch), case.read(published.peer(**batch), batch)
+    compared = ours.keys() & theirs.keys()
+    assert compared
+    for name in compared:
+        assert largest_error(ours[name], theirs[name]) <= 1e-5, name
+
+
+@EVERY
+def test_config_says_what_the_case_does(case, published):
+    """Sizes, activation and norms come from what was published, not from the case."""
+    not_published = {"architectures", "dtype", "transformers_version", "_name_or_path", "id2label", "label2id"}
+    not_published |= {"pos_embed_interpolation", "initializer_factor", "pad_token_id", "bos_token_id"}
+
+    def assert_says(read_config: dict, expected: dict) -> None:
+        for field in expected.keys() - not_published:
+            value, wanted = read_config[field], expected[field]
+            if isinstance(wanted, dict):
+                assert_says(value, wanted)
+            else:
+                assert (list(value) if isinstance(value, (list, tuple)) else value) == (
+                    list(wanted) if isinstance(wanted, (list, tuple)) else wanted
+                ), field
+
+    assert_says(read(case, published.folder).empty.config.to_dict(), case.config().to_dict())
+
+
+@EVERY
+def test_the_written_folder_opens_and_says_where_it_came_from(case, published, tmp_path):
+    conversion, out = read(case, published.folder), tmp_path / "out"
+    conversion.save(out, processor=case.preparer, progress=False)
+    model, loading = case.auto_class.from_pretrained(out, output_loading_info=True)
+    assert type(model) is case.model_class
+    assert not any(loading.values()), loading
+    built = conversion.build().state_dict()
+    assert model.state_dict().keys() == built.keys()
+    assert all(torch.equal(tensor, built[name]) for name, tensor in model.state_dict().items())
+    (source,) = json.loads((out / "conversion.json").read_text())["sources"]
+    assert source["name"] == "published"
+    assert len(source["sha256"]) == 64
+
+
+def changed(published: Published, change) -> Path:
+    """The published folder with other tensors."""
+    tensors = published.tensors
+    change(tensors)
+    copy = published.folder.parent / "changed"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(published.folder, copy)
+    save_file(tensors, copy / published.weights.name)
+    return copy
+
+
+@EVERY
+def test_every_missing_key_is_named(case, published):
+    """Each kind of key alone: there is none that the model could do without."""
+    conversion = read(case, published.folder)
+    wanted, names = stored_tensors(conversion.empty), set(published.tensors)
+    becomes = {source: step.targets for step in conversion.steps for source in step.sources}
+    assert becomes.keys() == names
+    assert {target for targets in becomes.values() for target in targets} == wanted.keys()
+    kinds = {re.sub(r"\d+", "#", name): name for name in names}
+    for name in kinds.values():
+        with pytest.raises(ConversionError) as refusal:
+            plan(rules_of(case), names - {name}, wanted)
+        assert any(target in str(refusal.value) for target in (name, *becomes[name]))
+
+
+@EVERY
+def test_a_missing_key_is_refused_when_a_folder_is_read(case, published):
+    name = list(published.tensors)[-1]
+    with pytest.raises(ConversionError):
+        read(case, changed(published, lambda tensors: tensors.pop(name)))
+
+
+@EVERY
+def test_a_key_too_many_is_named(case, published):
+    folder = changed(published, lambda tensors: tensors.update({"visual.of_another.model": torch.zeros(3)}))
+    with pytest.raises((ConversionError, ValueError), match=r"visual\.of_another\.model"):
+        read(case, folder)
+
+
+@EVERY
+def test_a_tensor_of_another_shape_is_named(case, published):
+    name = next(name for name, tensor in published.tensors.items() if tensor.ndim == 1 and "bias" in name)
+
+    def lengthen(tensors):
+        tensors[name] = torch.cat([tensors[name], tensors[name]])
+
+    with pytest.raises(ConversionError, match=r"\(\d+,\)"):
+        read(case, changed(published, lengthen))
+
+
+@EVERY
+def test_a_file_cut_short_leaves_nothing_behind(case, published, tmp_path):
+    whole = published.weights.read_bytes()
+    published.weights.write_bytes(whole[: len(whole) // 2])
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises((ConversionError, OSError), match=published.weights.name.replace(".", r"\.")):
+        read(case, published.folder).save(tmp_path / "out", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
