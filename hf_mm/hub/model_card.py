@@ -79,7 +79,7 @@ def build_model_card(
         ValueError: there is no such template.
     """
     source, base_model = data["source"], settings.get("model_name_or_path")
-    dataset = _hub_id(source)
+    dataset = hub_id(source)
     evaluations = _evaluations(metrics)
     metadata = ModelCardData(
         license=license,
@@ -87,21 +87,20 @@ def build_model_card(
         pipeline_tag="zero-shot-image-classification",
         tags=["hf_mm", model.config.model_type],
         datasets=[dataset] if dataset else None,
-        base_model=_hub_id(base_model),
+        base_model=hub_id(base_model),
         model_name=model_name,
         eval_results=list(_eval_results(evaluations, source)) or None,
     )
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": format_percent, "cell": _table_cell}
-    text = environment.from_string(find_template(template).read_text(encoding="utf-8")).render(
+    text = fill_template(
+        template,
         model_name=model_name,
         config=model.config,
         parameters=model.num_parameters(),
         license=license,
         is_emoji=source == EMOJI,
-        source=_public_name(source),
+        source=public_name(source),
         dataset=dataset,
-        base_model=_public_name(base_model) if base_model else "",
+        base_model=public_name(base_model) if base_model else "",
         pictures=data["pictures"],
         skipped=len(data["skipped"]),
         evaluations=evaluations,
@@ -110,6 +109,13 @@ def build_model_card(
         machine=machine,
     )
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n")
+
+
+def fill_template(name: str, **values: Any) -> str:
+    """Renders the template of that name. Raises ValueError where there is none, UndefinedError for a missing value."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": format_percent, "cell": _table_cell}
+    return environment.from_string(find_template(name).read_text(encoding="utf-8")).render(**values)
 
 
 def _evaluations(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -130,7 +136,7 @@ def _is_row(value: Any) -> bool:
 
 
 def _eval_results(evaluations: dict[str, dict[str, Any]], source: str) -> Iterator[EvalResult]:
-    name = "Emoji by four artists" if source == EMOJI else _public_name(source)
+    name = "Emoji by four artists" if source == EMOJI else public_name(source)
     for evaluation, rows in evaluations.items():
         for test_set, row in rows.items():
             if not _is_row(row):
@@ -139,7 +145,7 @@ def _eval_results(evaluations: dict[str, dict[str, Any]], source: str) -> Iterat
                 metric_type, metric_name = RECALLS[metric]
                 yield EvalResult(
                     task_type="image-text-retrieval",
-                    dataset_type=_hub_id(source) or name,
+                    dataset_type=hub_id(source) or name,
                     dataset_name=name,
                     dataset_config=evaluation or None,
                     dataset_split=test_set,
@@ -149,7 +155,7 @@ def _eval_results(evaluations: dict[str, dict[str, Any]], source: str) -> Iterat
                 )
 
 
-def _hub_id(name: str | None) -> str | None:
+def hub_id(name: str | None) -> str | None:
     """The name, if it is one of the Hub and not of a file or of the bundled pictures."""
     if name is None or name == EMOJI or Path(name).exists():
         return None
@@ -160,8 +166,9 @@ def _hub_id(name: str | None) -> str | None:
     return name
 
 
-def _public_name(name: str) -> str:
-    return name if _hub_id(name) else Path(name).name
+def public_name(name: str) -> str:
+    """The name as it may be printed: of a local path, the last part only."""
+    return name if hub_id(name) else Path(name).name
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -169,7 +176,7 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{name}.")
         elif isinstance(value, str):
-            yield prefix + name, _public_name(value) if "/" in value else value
+            yield prefix + name, public_name(value) if "/" in value else value
         elif value is not None:
             yield prefix + name, value
 

@@ -1,0 +1,130 @@
+"""What ``hf-mm convert`` does: a published checkpoint becomes a folder for the Hub, checked, with its card; and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoProcessor, PreTrainedModel
+
+from ..conversion.checkpoint import Checkpoint
+from ..conversion.engine import Conversion
+from ..conversion.peers import require_agreement
+from ..models.clip import conversion_clip, peer_check_clip
+from ..models.clip.modeling_clip import MMClipModel
+from ..models.vit import conversion_vit, peer_check_vit
+from ..models.vit.configuration_vit import MMViTConfig
+from ..models.vit.image_processing_vit import MMViTImageProcessorPil
+from ..models.vit.modeling_vit import MMViTForImageClassification, MMViTModel
+from .converted_card import converted_card
+from .push import push_folder
+
+
+def convert_clip(
+    source: str,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    activation: str | None = None,
+    preset: str | None = None,
+    tokenizer: str | None = None,
+    check: bool = False,
+    license: str | None = None,
+    push_to_hub: str | None = None,
+) -> Path:
+    """Converts a published CLIP to a folder that the AutoClasses open.
+
+    Args:
+        source, revision, activation, preset, tokenizer: see `conversion_clip.read_clip`.
+        out: the folder.
+        check: compare with open_clip or transformers before anything is written.
+        license: of the weights, an id of the Hub; OpenAI's are MIT, others ``"other"`` unless it is said.
+        push_to_hub: repository to push the folder to.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError, OSError: see `read_clip`; or the peer is missing or disagrees. Nothing is written then.
+    """
+    checkpoint = conversion_clip.open_clip_source(source, revision=revision)
+    if published := conversion_clip.published_name(checkpoint):
+        print(f"{source} is OpenAI's {published}.")
+    peer = peer_check_clip.peer_of(checkpoint) if check else None
+    conversion, processor = conversion_clip.read_clip(
+        checkpoint, activation=activation, preset=preset, tokenizer=tokenizer
+    )
+    license = license or ("mit" if published else "other")
+    return _finish(conversion, processor, out, peer, peer_check_clip.compare_with_peer, license, push_to_hub)
+
+
+def convert_vit(
+    source: str,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    activation: str | None = None,
+    image_size: Sequence[int] | None = None,
+    num_attention_heads: int | None = None,
+    check: bool = False,
+    license: str | None = None,
+    push_to_hub: str | None = None,
+) -> Path:
+    """Converts a published ViT to a folder that the AutoClasses open.
+
+    Args:
+        source, revision, activation, image_size, num_attention_heads: see `conversion_vit.read_vit`.
+        out, check, license, push_to_hub: see `convert_clip`; the check is against timm or transformers.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError, OSError: see `read_vit`; or the peer is missing or disagrees. Nothing is written then.
+    """
+    checkpoint = conversion_vit.open_vit_source(source, revision=revision)
+    peer = peer_check_vit.peer_of(checkpoint) if check else None
+    conversion, image_processor = conversion_vit.read_vit(
+        checkpoint, activation=activation, image_size=image_size, num_attention_heads=num_attention_heads
+    )
+    compare = peer_check_vit.compare_with_peer
+    return _finish(conversion, image_processor, out, peer, compare, license or "other", push_to_hub)
+
+
+def export_clip(source: str, out: str | Path, layout: str) -> Path:
+    """Writes a CLIP of ours, a folder or Hub id, as ``"transformers"`` or ``"open_clip"`` opens it."""
+    model, processor = MMClipModel.from_pretrained(source), AutoProcessor.from_pretrained(source)
+    write = {"transformers": conversion_clip.save_as_transformers, "open_clip": conversion_clip.save_as_open_clip}
+    return write[layout](model, processor, out)
+
+
+def export_vit(source: str, out: str | Path, layout: str) -> Path:
+    """Writes a ViT of ours, a folder or Hub id, as ``"transformers"`` or ``"timm"`` opens it."""
+    architectures = MMViTConfig.from_pretrained(source).architectures or []
+    classifies = MMViTForImageClassification.__name__ in architectures
+    model = (MMViTForImageClassification if classifies else MMViTModel).from_pretrained(source)
+    write = {"transformers": conversion_vit.save_as_transformers, "timm": conversion_vit.save_as_timm}
+    return write[layout](model, MMViTImageProcessorPil.from_pretrained(source), out)
+
+
+def _finish(
+    conversion: Conversion,
+    processor: Any,
+    out: str | Path,
+    peer: str | None,
+    compare: Callable[[Checkpoint, PreTrainedModel], dict[str, float]],
+    license: str,
+    push_to_hub: str | None,
+) -> Path:
+    """Compares where a peer is given, writes model, processor and card, and pushes."""
+    if peer is not None:
+        print(require_agreement(compare(conversion.checkpoint, conversion.build()), peer))
+    origins = [asdict(origin) for origin in conversion.checkpoint.origins]
+    name = push_to_hub or Path(out).name
+    card = converted_card(type(conversion.empty), conversion.empty.config, origins, license, name)
+    folder = conversion.save(out, processor=processor, card=card)
+    if push_to_hub:
+        print(f"{folder} is pushed: {push_folder(folder, push_to_hub)}")
+    return folder

@@ -1,0 +1,84 @@
+"""The command is a door: what is behind it is tested where it is."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from contract.cases import CASES
+from hub.server import HubServer
+
+from hf_mm import cli
+
+
+@pytest.fixture
+def folder(tmp_path):
+    case = next(case for case in CASES if case.name == "mm_vit classifier")
+    case.build().save_pretrained(tmp_path / "model")
+    case.preparer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/conversion.json").write_text('{"sources": [{"name": "someone/theirs"}]}')
+    return tmp_path / "model"
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "hf_mm.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_a_card_and_a_push_from_the_shell(folder, tmp_path):
+    assert cli.main(["card", str(folder), "--license", "mit", "--name", "someone/model"]) == 0
+    with HubServer() as hub:
+        done = run("push", folder, "someone/model", "--message", "first", **hub.environment(tmp_path / "home"))
+        assert done.returncode == 0, done.stderr
+        commits = hub.repositories["someone/model"].history()
+    assert [commit.message for commit in commits] == ["first", "initial commit"]
+    assert commits[0].files["README.md"] == (folder / "README.md").read_bytes()
+    assert done.stdout.strip().endswith(commits[0].oid)
+    assert "model.safetensors" in done.stderr  # the upload's progress
+
+
+def test_an_error_is_one_sentence_and_exit_code_1(folder, capsys):
+    assert cli.main(["push", str(folder), "someone/model"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "hf-mm card" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["card", "nowhere"], "nowhere holds no config.json"),
+        (["push", "nowhere", "someone/model"], "nowhere holds no config.json"),
+        (["push", ".", "not an id"], "'not an id' is no id"),
+    ],
+)
+def test_errors(arguments, message, capsys):
+    assert cli.main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["push"], ["push", "a", "b", "--shim", "--no-standalone"]])
+def test_wrong_usage_is_explained(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(arguments)
+    assert exit.value.code == 2 and "usage: hf-mm" in capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    for add_command in cli.COMMANDS:
+        assert add_command.__name__.removeprefix("add_") in shown
+
+
+def test_the_installed_command_is_this_door():
+    pyproject = Path(__file__).parents[1] / "pyproject.toml"
+    assert tomllib.loads(pyproject.read_text())["project"]["scripts"] == {
+        "hf-mm": f"{cli.__name__}:{cli.main.__name__}"
+    }
