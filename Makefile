@@ -54,7 +54,7 @@ mutants: $(STAMP)
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python tests/mutants/run.py $(TARGETS)
 
 # Ours timed against the peers, on a machine that does nothing else. One of them: make bench BENCHMARKS=train_step
-BENCHMARKS := train_step memory text_encoding zero_shot loader startup
+BENCHMARKS := train_step train_step_resnet memory text_encoding zero_shot loader startup conversion
 bench: $(PEERS_STAMP)
 	for script in $(BENCHMARKS); do $(PEERS)/bin/python -m benchmarks.$$script || exit 1; done
 

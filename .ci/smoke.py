@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassif
 import hf_mm
 from hf_mm.data.emoji import load_emoji
 from hf_mm.hub.model_card import find_template
+from hf_mm.models.clip.conversion_clip import published_tokenizer
 from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
 from hf_mm.models.clip.processing_clip import MMClipProcessor
 from hf_mm.models.clip.tokenization_clip import MMClipTokenizer
@@ -19,7 +20,8 @@ assert (package / "py.typed").is_file()
 
 pictures = load_emoji("concept")
 assert len(pictures) > 400 and pictures[0]["image"].size == (64, 64)
-assert "{{" in find_template("clip").read_text()
+assert all("{{" in find_template(name).read_text() for name in ("clip", "converted"))
+assert len(published_tokenizer()) == 49408
 
 tokenizer = MMClipTokenizer.train_from_iterator(pictures["caption"], vocab_size=700, model_max_length=16)
 processor = MMClipProcessor(

@@ -1,15 +1,21 @@
-"""The README's Python runs as it stands, on a tiny model in place of the one that comes with it."""
+"""The README's Python and commands run as they stand, on tiny models in place of the real ones."""
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hub.server import HubServer
 from PIL import Image
+from safetensors.torch import save_file
 
+from hf_mm.cli import main
+from hf_mm.conversion.engine import export
 from hf_mm.models.clip.configuration_clip import MMClipConfig
+from hf_mm.models.clip.conversion_clip import open_clip_config, open_clip_rules
 from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
 from hf_mm.models.clip.modeling_clip import MMClipModel
 from hf_mm.models.clip.processing_clip import MMClipProcessor
@@ -17,7 +23,9 @@ from hf_mm.models.clip.tokenization_clip import MMClipTokenizer
 
 MODEL = "checkpoints/mm-clip-emoji"
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = {words[1]: words[1:] for words in map(shlex.split, re.findall(r"^hf-mm .*", README, flags=re.MULTILINE))}
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -36,6 +44,8 @@ def workplace(tmp_path, monkeypatch):
     )
     MMClipModel(config).save_pretrained(MODEL)
     MMClipProcessor(MMClipImageProcessorPil(size=16), tokenizer).save_pretrained(MODEL)
+    publish("published")
+    assert main(["published" if word == "RN50" else word for word in COMMANDS["convert"]]) == 0
     Image.new("RGB", (24, 20), "red").save("picture.png")
     pictures = tmp_path / "my_pictures"
     pictures.mkdir()
@@ -46,10 +56,40 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_block_runs(workplace, capsys, number):
+def publish(folder: str) -> None:
+    """A CLIP with a ResNet tower as open_clip publishes it."""
+    vision = {"model_type": "mm_clip_resnet", "depths": (1, 1, 1, 1), "width": 8, "num_attention_heads": 4}
+    vision |= {"image_size": 32, "projection_dim": 8}
+    text = {**TOWER, "hidden_size": 16, "intermediate_size": 64, "hidden_act": "gelu"}
+    config = MMClipConfig(vision_config=vision, text_config=text, projection_dim=8)
+    Path(folder).mkdir()
+    save_file(export(MMClipModel(config), open_clip_rules(resnet=True)), f"{folder}/open_clip_model.safetensors")
+    declared = {"model_cfg": open_clip_config(config), "preprocess_cfg": {}}
+    Path(folder, "open_clip_config.json").write_text(json.dumps(declared))
+
+
+def run_block(number: int) -> dict:
     names = {}
     exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), names)
+    return names
+
+
+def test_what_was_tuned_is_pushed(workplace, monkeypatch):
+    """The last of the ladder's commands, after its last block."""
+    run_block(next(number for number, block in enumerate(BLOCKS) if "get_peft_model" in block))
+    _, folder, repo_id = COMMANDS["push"]
+    with HubServer() as server:
+        server.attach(monkeypatch)
+        assert main(COMMANDS["push"]) == 0
+        files = server.state(repo_id)["main"][1]
+    assert {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json", "README.md"} <= set(files)
+    assert "modeling_clip_resnet.py" in files
+    assert files["model.safetensors"] == Path(folder, "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_block_runs(workplace, capsys, number):
+    names = run_block(number)
     if "trainer" in names:
         assert names["trainer"].state.global_step == 1
     else:
