@@ -16,7 +16,7 @@ from ..data.emoji import load_emoji
 from ..data.emoji import normalize_size as fit_to_frame
 from .embeddings import embed_images, embed_texts
 from .metrics import retrieval_ranks
-from .pixels import embed_pixels
+from .pixels import embed_pixels, nearest_of_each
 
 PARTS = {  # name: splits of the pictures
     "train": ("train",),
@@ -167,11 +167,9 @@ def _name_pictures(pictures: _Pictures, gallery: list[str]) -> dict[str, np.ndar
     is_right = nn.functional.one_hot(right, len(gallery)).bool()
 
     similarity = pictures.images[rows] @ torch.stack([pictures.texts[text] for text in gallery]).T
-    nearest = torch.full(similarity.shape, -1.0)
     training = [own[pictures.trained[own]] for own in rows_of]
-    for column, own in enumerate(training):
-        if len(own):
-            nearest[:, column] = (pictures.pixels[rows] @ pictures.pixels[own].T).amax(dim=1)
+    columns = torch.from_numpy(np.repeat(np.arange(len(gallery)), [len(own) for own in training]))
+    nearest = nearest_of_each(pictures.pixels[rows], pictures.pixels[np.concatenate(training)], columns, len(gallery))
     can_answer = np.array([len(own) > 0 for own in training])[right]
     return {
         "split": pictures.split[rows],

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 
 TIE = 1e-6  # cosines in float32 are not exact below this
+BROKEN = "similarity holds NaN or infinity: the model's embeddings are broken."
 
 
 def retrieval_ranks(similarity: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
@@ -34,12 +35,30 @@ def retrieval_ranks(similarity: torch.Tensor, positives: torch.Tensor) -> torch.
             f"similarity {tuple(similarity.shape)} and positives {tuple(positives.shape)} must both be (queries, gallery)."
         )
     if not similarity.isfinite().all():
-        raise ValueError("similarity holds NaN or infinity: the model's embeddings are broken.")
+        raise ValueError(BROKEN)
     if not positives.any(dim=1).all():
         query = int(positives.any(dim=1).int().argmin())
         raise ValueError(f"query {query} has no right answer in the gallery: add one or leave the query out.")
     best = similarity.masked_fill(~positives, -torch.inf).amax(dim=1, keepdim=True)
     return 1 + ((similarity >= best - TIE) & ~positives).sum(dim=1)
+
+
+def label_ranks(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """`retrieval_ranks` where each query has one right answer.
+
+    Args:
+        scores: ``(q, g)``, of the size of cosines.
+        labels: ``(q,)``, the right answer's column.
+
+    Returns:
+        ``(q,)`` integers.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
+    if not scores.isfinite().all():
+        raise ValueError(BROKEN)
+    return (scores >= scores.gather(1, labels[:, None]) - TIE).sum(dim=1)
 
 
 def recall_at_k(ranks: torch.Tensor, k: int) -> float:

@@ -28,3 +28,16 @@ def embed_pixels(images: Iterable[Any]) -> torch.Tensor:
 def nearest_pictures(queries: torch.Tensor, training: torch.Tensor) -> torch.Tensor:
     """``(q,)``: the index of the training picture ``(t, D)`` with the highest cosine to each query ``(q, D)``."""
     return (queries @ training.T).argmax(dim=1)
+
+
+def nearest_of_each(
+    queries: torch.Tensor, training: torch.Tensor, groups: torch.Tensor, num_groups: int
+) -> torch.Tensor:
+    """``(q, g)``: the highest cosine between each query ``(q, D)`` and the training pictures ``(t, D)`` of each group.
+
+    Args:
+        groups: ``(t,)``, the group of each training picture.
+        num_groups: g; one without a training picture has -1.
+    """
+    lowest = torch.full((len(queries), num_groups), -1.0)
+    return lowest.scatter_reduce(1, groups.expand(len(queries), -1), queries @ training.T, "amax")

@@ -13,7 +13,7 @@ from torch import nn
 from ..data.emoji import STYLES, load_emoji
 from .embeddings import embed_images, embed_texts
 from .metrics import accuracies, retrieval_metrics
-from .pixels import embed_pixels, nearest_pictures
+from .pixels import embed_pixels, nearest_of_each, nearest_pictures
 from .retrieval import right_texts, shared_captions
 from .zero_shot import class_means, classification_metrics
 
@@ -141,7 +141,9 @@ def _retrieval(pictures: EmojiPictures, rows: np.ndarray, captions: list[str], p
     t2i = retrieval_metrics(similarity.T[asked], positives.T[asked], "t2i")
     pixels_i2t, pixels_t2i = {}, {}
     if pixels:
-        nearest = _pixel_scores(pictures, rows, captions)
+        column = {text: index for index, text in enumerate(captions)}
+        columns = torch.tensor([column[text] for text in pictures.caption[pictures.training]])
+        nearest = nearest_of_each(pictures.pixels[rows], pictures.pixels[pictures.training], columns, len(captions))
         pixels_i2t = retrieval_metrics(nearest, positives, "i2t")
         pixels_t2i = retrieval_metrics(nearest.T[asked], positives.T[asked], "t2i")
     row = {"images": len(rows), "captions": len(captions), "mrr": i2t["i2t_mrr"]}
@@ -155,15 +157,6 @@ def _retrieval(pictures: EmojiPictures, rows: np.ndarray, captions: list[str], p
             f"pixels_t2i_r{k}": pixels_t2i.get(f"t2i_r{k}"),
         }
     return row
-
-
-def _pixel_scores(pictures: EmojiPictures, rows: np.ndarray, captions: list[str]) -> torch.Tensor:
-    """``(q, g)``: the highest cosine of pixels between each picture and the training pictures of each caption."""
-    column = {text: index for index, text in enumerate(captions)}
-    columns = torch.tensor([column[text] for text in pictures.caption[pictures.training]])
-    cosines = pictures.pixels[rows] @ pictures.pixels[pictures.training].T
-    lowest = torch.full((len(rows), len(captions)), -1.0)
-    return lowest.scatter_reduce(1, columns.expand(len(rows), -1), cosines, "amax")
 
 
 def classify_by_text(pictures: EmojiPictures, split: str, class_of: np.ndarray) -> dict[str, float]:

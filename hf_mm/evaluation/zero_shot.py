@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .embeddings import embed_images, embed_texts
-from .metrics import accuracies, majority_share, recall_at_k, retrieval_ranks
+from .metrics import accuracies, label_ranks, majority_share, recall_at_k
 
 
 def build_classifier(
@@ -107,7 +107,7 @@ def evaluate_zero_shot(
 def classification_metrics(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """What class scores are worth, beside chance and the most frequent class.
 
-    Ties count against the model, see `retrieval_ranks`.
+    Ties count against the model, see `label_ranks`.
 
     Args:
         scores: ``(n, C)`` cosines.
@@ -119,9 +119,9 @@ def classification_metrics(scores: torch.Tensor, labels: torch.Tensor) -> dict[s
         counts ``images`` and ``classes``.
     """
     num_classes = scores.shape[1]
-    is_right = nn.functional.one_hot(labels, num_classes).bool()
-    ranks = retrieval_ranks(scores, is_right)
-    best_wrong = scores.masked_fill(is_right, -torch.inf).argmax(dim=1)
+    ranks = label_ranks(scores, labels)
+    first, *second = scores.topk(min(2, num_classes)).indices.unbind(dim=1)
+    best_wrong = torch.where(first == labels, second[0], first) if second else first
     hits = accuracies(torch.where(ranks == 1, labels, best_wrong).numpy(), labels.numpy())
     return {
         "images": len(labels),

@@ -85,6 +85,7 @@ def attend(
         module: gives ``config``, ``head_dim``, ``scaling``, ``dropout``, ``is_causal``.
         query: ``(B, Q, D)``.
         key, value: ``(B, T, D)``.
+        attention_mask: in the form that the kernel takes, broadcastable to ``(B, H, Q, T)``.
 
     Returns:
         ``(B, Q, D)`` and, with the eager kernel, the weights ``(B, H, Q, T)``.

@@ -8,6 +8,7 @@ from hf_mm.evaluation.metrics import (
     BalancedAccuracy,
     chance_recall_at_k,
     chance_reciprocal_rank,
+    label_ranks,
     mean_reciprocal_rank,
     recall_at_k,
     retrieval_metrics,
@@ -81,3 +82,13 @@ def test_a_metric_can_be_fed_in_batches_and_used_again():
         metric.add_batch(predictions=[0, 1], references=references[:2])
         metric.add(prediction=1, reference=references[2])
         assert metric.compute() == {"balanced_accuracy": expected}
+
+
+def test_one_right_answer_is_ranked_as_by_the_general_rule():
+    """With scores so coarse that most of them tie."""
+    scores, labels = torch.randint(-3, 4, (60, 7)) / 4, torch.randint(7, (60,))
+    expected = retrieval_ranks(scores, torch.nn.functional.one_hot(labels, 7).bool())
+    assert torch.equal(label_ranks(scores, labels), expected)
+    assert len(set(expected.tolist())) > 3
+    with pytest.raises(ValueError, match="NaN"):
+        label_ranks(scores.where(scores < 0.7, torch.nan), labels)

@@ -31,7 +31,8 @@ def from_transformers_config(config_dict: dict) -> dict:
     """Translates the config of transformers' CLIP, or of one of its towers, into the fields of ours.
 
     Old files carry ``eos_token_id: 2``, which means "the largest id of the row": the end token is the last of the
-    vocabulary. They also repeat the towers under other names, which `CLIPConfig` settles.
+    vocabulary, the start token the one before it, and texts are padded with the end token. They also repeat the towers
+    under other names, which `CLIPConfig` settles.
     """
     config_dict = dict(config_dict)
     if config_dict["model_type"] == "clip":
@@ -41,7 +42,8 @@ def from_transformers_config(config_dict: dict) -> dict:
             config_dict[name] = from_transformers_config(config_dict[name])
     config_dict["model_type"] = TRANSFORMERS_TYPES[config_dict["model_type"]]
     if config_dict["model_type"] == "mm_clip_text" and config_dict.get("eos_token_id") == 2:
-        config_dict["eos_token_id"] = config_dict.get("vocab_size", MMClipTextConfig.vocab_size) - 1
+        end = config_dict.get("vocab_size", MMClipTextConfig.vocab_size) - 1
+        config_dict |= {"eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end}
     if config_dict["model_type"] == "mm_clip_vision":
         config_dict["pos_embed_interpolation"] = "bicubic"
     return config_dict
@@ -158,7 +160,8 @@ class MMClipResNetConfig(PreTrainedConfig):
         num_channels: of the pictures.
         image_size: side, or ``(height, width)``, that the pool's position table is made for, multiples of 32.
         batch_norm_eps: eps of every BatchNorm.
-        projection_dim: width of the joint space, into which the attention pool itself projects.
+        projection_dim: width of the joint space, into which the attention pool itself projects; within `MMClipConfig`
+            by default that of the whole.
         pos_embed_interpolation: how the pool's position table follows another grid, see `MMClipVisionConfig`.
         initializer_factor: scales the initial standard deviations of the attention pool.
     """
@@ -251,6 +254,11 @@ class MMClipConfig(_ReadsTransformersClip, PreTrainedConfig):
     logit_scale_init_value: int | float = math.log(1 / 0.07)
     initializer_factor: int | float = 1.0
 
+    def __post_init__(self, **kwargs):
+        if isinstance(self.vision_config, dict) and self.vision_config.get("model_type") == "mm_clip_resnet":
+            self.vision_config = {"projection_dim": self.projection_dim, **self.vision_config}
+        super().__post_init__(**kwargs)
+
     @classmethod
     def from_preset(cls, name: str, **fields) -> "MMClipConfig":
         """The config of a published model.
@@ -270,6 +278,8 @@ class MMClipConfig(_ReadsTransformersClip, PreTrainedConfig):
         for field, choices in (("vision_pooling", VISION_POOLINGS), ("text_pooling", TEXT_POOLINGS)):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field} must be one of {', '.join(choices)}, not {getattr(self, field)!r}.")
+        if projects_itself(self.vision_config) and self.vision_pooling != "pooler":
+            raise ValueError("the ResNet tower's attention pool is its projection: vision_pooling must be 'pooler'.")
         if projects_itself(self.vision_config) and self.vision_config.projection_dim != self.projection_dim:
             raise ValueError(
                 f"the ResNet tower projects to {self.vision_config.projection_dim} dimensions itself, but projection_dim "

@@ -3,7 +3,6 @@
 Parameters carry the names that transformers' CLIP has on disk, so that its checkpoints open here unchanged.
 """
 
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -268,9 +267,14 @@ def drop_right_padding(attention_mask: torch.Tensor | None) -> torch.Tensor | No
     """Drops a padding mask that only hides the right end, which causality hides anyway; refuses padding on the left."""
     if attention_mask is None or torch.compiler.is_compiling():
         return attention_mask
-    if not attention_mask[:, 0].all():
-        raise ValueError(PADDED_ON_THE_LEFT)
+    refuse_left_padding(attention_mask)
     return None if (attention_mask[:, 1:] <= attention_mask[:, :-1]).all() else attention_mask
+
+
+def refuse_left_padding(attention_mask: torch.Tensor | None) -> None:
+    """Raises ValueError where a row begins with padding, which a tower that pools its first token would take for it."""
+    if attention_mask is not None and not torch.compiler.is_compiling() and not attention_mask[:, 0].all():
+        raise ValueError(PADDED_ON_THE_LEFT)
 
 
 def last_kept_positions(attention_mask: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -394,8 +398,8 @@ class MMClipModel(MMClipPreTrainedModel):
         vision, text = AutoModel.from_pretrained(vision_model), AutoModel.from_pretrained(text_model)
         vision, text = getattr(vision, "vision_model", vision), getattr(text, "text_model", text)
         model = cls(MMClipConfig(vision_config=vision.config, text_config=text.config, **fields))
-        for tower, source in ((model.vision_model, vision), (model.text_model, text)):
-            tower.load_state_dict({name: source.state_dict()[name] for name in tower.state_dict()})
+        for tower, weights in ((model.vision_model, vision.state_dict()), (model.text_model, text.state_dict())):
+            tower.load_state_dict({name: weights[name] for name in tower.state_dict()})
         return model.eval()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -435,11 +439,14 @@ class MMClipModel(MMClipPreTrainedModel):
                     input_ids = input_ids[:, :length]
                     attention_mask = attention_mask[:, :length] if attention_mask is not None else None
                     position_ids = position_ids[:, :length] if position_ids is not None else None
-            options = {**kwargs, "pooling_positions": pooling_positions, "pooled_only": True}
+            alone = self.config.text_pooling == "pooler"
+            options = {**kwargs, "pooling_positions": pooling_positions, "pooled_only": alone}
         elif pooling_positions is not None:
             raise ValueError(
                 "pooling_positions are of MMClipTextModel: set MMClipConfig(text_pooling=...) for others."
             )
+        elif self.config.text_pooling in ("pooler", "cls"):
+            refuse_left_padding(attention_mask)
         given = {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
         options |= {name: value for name, value in given.items() if value is not None}
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **options)
@@ -463,7 +470,8 @@ class MMClipModel(MMClipPreTrainedModel):
             The picture tower's output with `pooler_output` ``(B, projection_dim)``, not yet of unit length, and with
             tokens only where hidden states or attention maps are asked for.
         """
-        options = {"pooled_only": True} if getattr(self.vision_model, "pools_alone", False) else {}
+        alone = self.config.vision_pooling == "pooler" and getattr(self.vision_model, "pools_alone", False)
+        options = {"pooled_only": True} if alone else {}
         if interpolate_pos_encoding:
             options["interpolate_pos_encoding"] = True
         outputs = self.vision_model(pixel_values=pixel_values.to(self.vision_model.dtype), **options, **kwargs)
@@ -547,13 +555,20 @@ def build_tower(config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
     """The encoder of a config, without the pooling layer that `pooling` would leave untrained."""
     if pooling == "pooler":
         return AutoModel.from_config(config)
-    arguments = inspect.signature(AutoModel._model_mapping[type(config)].__init__).parameters
-    return AutoModel.from_config(config, **({"add_pooling_layer": False} if "add_pooling_layer" in arguments else {}))
+    try:
+        return AutoModel.from_config(config, add_pooling_layer=False)
+    except TypeError:  # it has no such argument
+        return AutoModel.from_config(config)
 
 
 def pooled_width(config: PreTrainedConfig) -> int:
     """Width of an encoder's tokens: convolutional ones have one for each stage."""
-    return config.hidden_size if hasattr(config, "hidden_size") else config.hidden_sizes[-1]
+    width = getattr(config, "hidden_size", None) or getattr(config, "hidden_sizes", [None])[-1]
+    if width is None:
+        raise ValueError(
+            f"{config.model_type} has neither hidden_size nor hidden_sizes: it is no encoder for a tower."
+        )
+    return width
 
 
 def pool(outputs: ModelOutput, pooling: str, tower: str, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -131,6 +131,7 @@ class MMClipResNetModel(MMPreTrainedModel):
     accepts_loss_kwargs = False
     _no_split_modules = ["Bottleneck", "AttnPool"]
     _input_embed_layer = "conv1"
+    _keys_to_ignore_on_load_unexpected = [r"text_model\.", r"text_projection\.", r"logit_scale"]
     _can_record_outputs = {"hidden_states": Stage, "attentions": AttnPool}
 
     def __init__(self, config: MMClipResNetConfig):

@@ -131,8 +131,8 @@ class MMViTModel(MMViTPreTrainedModel):
             pixel_values: ``(B, C, H, W)``, normalised.
             interpolate_pos_encoding: accept any H and W that patches tile; the position table follows.
             pooled_only: compute no token that `pooler_output` does not need and return no `last_hidden_state`; without
-                effect where hidden states or attention maps are asked for, or with mean
-                pooling, which needs every token.
+                effect where hidden states or attention maps are asked for, or with mean pooling, which needs every
+                token.
             kwargs: ``output_hidden_states`` (True, or a list of indices such as ``[-2]`` for those layers alone) and
                 ``output_attentions``, among others.
 

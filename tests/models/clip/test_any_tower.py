@@ -25,9 +25,10 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from hf_mm.models.clip.configuration_clip import MMClipConfig
+from hf_mm.models.clip.configuration_clip import MMClipConfig, MMClipTextConfig, MMClipVisionConfig
 from hf_mm.models.clip.modeling_clip import MMClipModel
 from hf_mm.models.clip.processing_clip import MMClipProcessor
+from hf_mm.models.vit.configuration_vit import MMViTConfig
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 PICTURE = {"image_size": 32, "patch_size": 8}
@@ -39,11 +40,16 @@ VISION = {
     "siglip_vision_model": SiglipVisionConfig(**SMALL, **PICTURE),
     "swin": SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4),
     "convnext": ConvNextConfig(**STAGES),
+    "mm_vit": MMViTConfig(**SMALL, **PICTURE),
+    "mm_clip_vision": MMClipVisionConfig(**SMALL, **PICTURE),
     "resnet": ResNetConfig(embedding_size=8, layer_type="basic", **STAGES),
 }
 WORDS = {"vocab_size": 50, "pad_token_id": 0}
 TEXT = {
     "clip_text_model": CLIPTextConfig(**SMALL, **WORDS, bos_token_id=48, eos_token_id=49, max_position_embeddings=16),
+    "mm_clip_text": MMClipTextConfig(
+        **{**SMALL, **WORDS}, bos_token_id=48, eos_token_id=49, max_position_embeddings=16
+    ),
     "bert": BertConfig(**SMALL, **WORDS),
     "distilbert": DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=2, **WORDS),
     "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=16, vocab_size=50, bos_token_id=1, eos_token_id=2),
@@ -80,7 +86,7 @@ def test_pictures_by_the_mean_of_their_tokens_or_their_feature_map(vision):
     torch.testing.assert_close(model.get_image_features(PIXELS).pooler_output, expected)
 
 
-@pytest.mark.parametrize("text", ["bert", "distilbert", "gpt2"])
+@pytest.mark.parametrize("text", ["mm_clip_text", "bert", "distilbert", "gpt2"])
 @pytest.mark.parametrize(
     ("pooling", "of_row"),
     [
@@ -99,7 +105,7 @@ def test_texts_without_their_padding(text, pooling, of_row):
     torch.testing.assert_close(features[1:2], alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("text", ["bert", "clip_text_model"])
+@pytest.mark.parametrize("text", ["bert", "clip_text_model", "mm_clip_text"])
 def test_texts_by_the_pooled_output_of_any_encoder(text):
     model = clip(text=text)
     pooled = model.text_model(input_ids=IDS, attention_mask=MASK).pooler_output
@@ -118,6 +124,29 @@ def test_an_unknown_pooling_is_refused(field):
         clip(**{field: "first"})
 
 
+@pytest.mark.parametrize("pooling", ["pooler", "cls"])
+def test_padding_on_the_left_of_a_tower_that_pools_its_first_token_is_refused(pooling):
+    with pytest.raises(ValueError, match="padding on the right"):
+        clip(text_pooling=pooling).get_text_features(IDS.flip(1), attention_mask=MASK.flip(1))
+
+
+def test_the_last_token_is_found_behind_padding_on_the_left():
+    """No causal tower minds what stands before its text, once positions are given."""
+    model = clip(text="gpt2", text_pooling="last")
+    ids, mask = IDS.clone(), MASK.flip(1)
+    for row, kept in enumerate(MASK.sum(1)):
+        ids[row] = torch.cat([IDS[row, kept:], IDS[row, :kept]])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    left = model.get_text_features(ids, attention_mask=mask, position_ids=positions).pooler_output
+    right = model.get_text_features(IDS, attention_mask=MASK).pooler_output
+    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+def test_a_config_that_is_no_encoder_is_refused():
+    with pytest.raises(ValueError, match="clip has neither hidden_size nor hidden_sizes"):
+        MMClipModel(MMClipConfig(vision_config=CLIPConfig(), text_config=TEXT["bert"]))
+
+
 def test_positions_of_another_tower_are_refused():
     with pytest.raises(ValueError, match="pooling_positions.*text_pooling"):
         clip().get_text_features(IDS, attention_mask=MASK, pooling_positions=torch.tensor([1, 1, 1]))
@@ -127,6 +156,7 @@ UNREAD = {  # what their own pooled output alone reads, and cannot be built with
     "clip_vision_model": "vision_model.post_layernorm.",
     "siglip_vision_model": "vision_model.head.",
     "convnext": "vision_model.layernorm.",
+    "mm_clip_vision": "vision_model.post_layernorm.",
 }
 
 

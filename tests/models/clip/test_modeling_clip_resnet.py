@@ -138,6 +138,10 @@ def test_weights_of_another_width_are_refused(tmp_path, caplog):
 def test_the_joint_space_has_the_width_that_the_pool_projects_to():
     with pytest.raises(StrictDataclassClassValidationError, match="projects to 24.*projection_dim is 32"):
         MMClipConfig(vision_config={"model_type": "mm_clip_resnet", **RESNET}, projection_dim=32)
+    assert (
+        MMClipConfig(vision_config={"model_type": "mm_clip_resnet"}, projection_dim=32).vision_config.projection_dim
+        == 32
+    )
 
 
 def test_statistics_are_the_running_means_of_the_batches():
@@ -192,6 +196,22 @@ def test_a_new_block_is_its_shortcut():
     assert isinstance(block, Bottleneck)
     features = torch.randn(2, 32, 16, 16)
     assert torch.equal(block(features), torch.relu(features))
+
+
+def test_the_tower_opens_from_a_whole_models_folder(tmp_path):
+    whole = MMClipModel(clip_with_resnet_config())
+    whole.save_pretrained(tmp_path)
+    alone, info = MMClipResNetModel.from_pretrained(
+        tmp_path, config=whole.config.vision_config, output_loading_info=True
+    )
+    assert not any(info.values())
+    weights = whole.vision_model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in alone.state_dict().items())
+
+
+def test_another_pooling_of_the_tower_is_refused():
+    with pytest.raises(StrictDataclassClassValidationError, match="vision_pooling must be 'pooler'"):
+        MMClipConfig(**{**clip_with_resnet_config().to_dict(), "vision_pooling": "mean"})
 
 
 def test_the_whole_model_has_no_projection_of_its_own_for_pictures():
