@@ -1,14 +1,19 @@
-"""Run from a folder that holds no source: does the installed wheel have everything?"""
+"""Run from a folder that holds no source: does the installed wheel have everything?
+
+It leaves a model with generated code in ``standalone/``, and its answers, for without_package.py.
+"""
 
 import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
 
 import hf_mm
 from hf_mm.data.emoji import load_emoji
 from hf_mm.hub.model_card import find_template
+from hf_mm.hub.standalone import standalone_changes
 from hf_mm.models.clip.conversion_clip import published_tokenizer
 from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
 from hf_mm.models.clip.processing_clip import MMClipProcessor
@@ -50,6 +55,13 @@ with tempfile.TemporaryDirectory() as folder:
     inputs = prepared(images=[pictures[row]["image"] for row in (0, 1)], text=["a face", "a cat"], return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(opened(**inputs).logits_per_image, model(**inputs).logits_per_image)
+    model.save_pretrained("standalone")
+    processor.save_pretrained("standalone")
+    for name, text in standalone_changes("standalone").items():
+        Path("standalone", name).write_text(text)
+    save_file(
+        dict(inputs) | {"logits": opened(**inputs).logits_per_image.detach().contiguous()}, "answers.safetensors"
+    )
     answers = pipeline("zero-shot-image-classification", model=folder)(
         pictures[0]["image"], candidate_labels=["face", "cat"]
     )

@@ -44,7 +44,7 @@ class Report:
         at_least: float | None = None,
         at_most: float | None = None,
         pictures: int | None = None,
-        flops: float | None = None,
+        flops: float | dict[str, float] | None = None,
         share: float | None = None,
     ) -> None:
         """Adds one comparison of `OURS` with the best (the lowest median) of the others.
@@ -57,7 +57,7 @@ class Report:
             at_most: target of our cost divided by the peer's; without either the ratio is shown without a target. Both
                 the ratio of medians and the median of the rounds' ratios must meet it.
             pictures: that one run prepares; shown a second.
-            flops: of one run; shown a second, and as share of the matrix-multiply peak.
+            flops: of one run, or of one run of each; shown a second, and as share of the matrix-multiply peak.
             share: target of our share.
         """
         peer = min((name for name in costs if name != OURS), key=lambda name: statistics.median(costs[name]))
@@ -81,7 +81,9 @@ class Report:
                 "contenders": {
                     name: {
                         **_spread([value * scale for value in values]),
-                        **_rates(statistics.median(values), pictures, flops),
+                        **_rates(
+                            statistics.median(values), pictures, flops[name] if isinstance(flops, dict) else flops
+                        ),
                         "rounds": values,
                     }
                     for name, values in costs.items()

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import clip_models
+from benchmarks import clip_models, conversion, train_step_resnet
 from benchmarks.harness import interleave
 from benchmarks.report import Report
 from benchmarks.train_step import check_agreement, contenders, make_step
@@ -56,6 +56,21 @@ def test_the_work_is_counted_as_torch_counts_it():
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         clip_models.loss_functions(models)["transformers"](*inputs["transformers"]).backward()
     assert size.train_flops(size.num_tokens) == counter.get_total_flops()
+
+
+def test_contenders_of_the_resnets_step_agree_and_ours_multiplies_less():
+    size = train_step_resnet.quick()
+    models, inputs = train_step_resnet.build_both(size), clip_models.random_batch(size)
+    assert set(check_agreement(models, dict.fromkeys(models, inputs))) == {"hf_mm", "open_clip"}
+    flops = train_step_resnet.count_flops(models, inputs)
+    assert 0.5 * flops["open_clip"] < flops["hf_mm"] < flops["open_clip"]
+
+
+@pytest.mark.parametrize("kind", conversion.MODELS)
+def test_every_contender_opens_the_file(kind, tmp_path):
+    path = str(conversion.write_file(kind, tmp_path, quick=True))
+    for name in ("hf_mm", "hf_mm, to a folder", *(["open_clip"] if kind == "archive" else [])):
+        assert conversion.child(name, kind, path, "seconds") > 0
 
 
 def test_ratios_and_targets_of_a_report():
