@@ -41,16 +41,30 @@ def run_push(arguments: argparse.Namespace) -> None:
 def add_card(subparsers) -> None:
     """``hf-mm card FOLDER``: see `hf_mm.hub.folder_card.write_card`."""
     parser = subparsers.add_parser("card", help="write the card of a trained or converted model")
-    parser.add_argument("folder", type=Path, help="folder of a finished run, or of converted weights")
+    parser.add_argument(
+        "folder", type=Path, help="folder of a finished run, of converted weights, or of a tuned model"
+    )
     parser.add_argument("--license", default="other", metavar="L", help="of the weights, an id of the Hub")
     parser.add_argument("--name", metavar="N", help="what the reader opens: the repository's id (default: the folder)")
+    parser.add_argument("--base-model", metavar="B", help="what a tuned model began from, an id of the Hub or a name")
+    parser.add_argument("--dataset", metavar="D", help="what it was tuned on, an id of the Hub or a name")
     parser.set_defaults(run=run_card)
 
 
 def run_card(arguments: argparse.Namespace) -> None:
     from .hub.folder_card import write_card
 
-    print(f"The card is in {write_card(arguments.folder, arguments.license, arguments.name)}.")
+    card = write_card(
+        arguments.folder,
+        arguments.license,
+        arguments.name,
+        base_model=arguments.base_model,
+        dataset=arguments.dataset,
+    )
+    print(f"The card is in {card}.")
+
+
+FLAGS = {"num_attention_heads": "--heads"}  # of the arguments of functions that are called otherwise
 
 
 def add_convert(subparsers) -> None:
@@ -74,7 +88,7 @@ def add_convert(subparsers) -> None:
         source="file, folder, or id of the Hub",
         layouts=("transformers", "timm"),
     )
-    vit.add_argument("--activation", metavar="A", help="of timm's weights that do not tell (default: gelu)")
+    vit.add_argument("--activation", metavar="A", help="of timm's weights that do not tell")
     vit.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="where pictures are not square")
     vit.add_argument(
         "--heads", type=int, dest="num_attention_heads", metavar="N", help="where no published size tells"
@@ -104,7 +118,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
         functions = {"clip": convert.convert_clip, "vit": convert.convert_vit}
         folder = functions[arguments.model](arguments.source, arguments.out, **options)
     elif options:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        names = ", ".join(FLAGS.get(name) or f"--{name.replace('_', '-')}" for name in options)
         raise ValueError(f"--to {layout} writes a folder for another library: leave {names} out.")
     else:
         functions = {"clip": convert.export_clip, "vit": convert.export_vit}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from contract.cases import CASES
 from hub.server import HubServer
+from huggingface_hub import ModelCard
 
 from hf_mm import cli
 
@@ -47,6 +48,20 @@ def test_an_error_is_one_sentence_and_exit_code_1(folder, capsys):
     assert cli.main(["push", str(folder), "someone/model"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "hf-mm card" in line
+
+
+def test_a_card_of_a_tuned_model(folder):
+    (folder / "conversion.json").unlink()
+    given = ["--license", "mit", "--base-model", "someone/theirs", "--dataset", "my pictures"]
+    assert cli.main(["card", str(folder), *given]) == 0
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.license, card.data.base_model) == ("mit", "someone/theirs")
+    assert "my pictures" in card.text
+
+
+def test_an_option_that_does_not_fit_is_called_as_it_was_typed(tmp_path, capsys):
+    assert cli.main(["convert", "vit", "x", str(tmp_path / "out"), "--to", "timm", "--heads", "3"]) == 1
+    assert "leave --heads out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

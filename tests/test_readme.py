@@ -80,10 +80,13 @@ def test_what_was_tuned_is_pushed(workplace, monkeypatch):
     _, folder, repo_id = COMMANDS["push"]
     with HubServer() as server:
         server.attach(monkeypatch)
+        assert main(COMMANDS["card"]) == 0
         assert main(COMMANDS["push"]) == 0
         files = server.state(repo_id)["main"][1]
     assert {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json", "README.md"} <= set(files)
     assert "modeling_clip_resnet.py" in files
+    card = files["README.md"].decode()
+    assert repo_id in card and "RN50" in card and "license: mit" in card
     assert files["model.safetensors"] == Path(folder, "model.safetensors").read_bytes()
 
 

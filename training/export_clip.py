@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 
 import torch
-from train_clip import shown_name
 from transformers import AutoModel, AutoProcessor
 
-from hf_mm.hub.model_card import build_model_card
+from hf_mm.hub.model_card import build_model_card, shown_name
 from hf_mm.trainers.recipes import RECIPE_FILE, RESULT_FILE
 
 

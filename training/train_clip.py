@@ -36,7 +36,7 @@ from hf_mm.data.image_text import (
 from hf_mm.data.sampling import GroupBatchSampler
 from hf_mm.evaluation.retrieval import evaluate_retrieval
 from hf_mm.evaluation.style_shift import evaluate_emoji
-from hf_mm.hub.model_card import build_model_card
+from hf_mm.hub.model_card import build_model_card, shown_name
 from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
 from hf_mm.models.clip.modeling_clip import MMClipModel
 from hf_mm.models.clip.processing_clip import MMClipProcessor
@@ -236,6 +236,7 @@ def train(argv: list[str] | None = None) -> Path:
     skipped = trainer.gather_skipped()
     metrics = evaluate(model, processor, data, skipped)
     if trainer.is_world_process_zero():
+        named = {"source": data_args.source, "model_name_or_path": model_args.model_name_or_path}
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         results = {
             "metrics": metrics,
@@ -246,7 +247,12 @@ def train(argv: list[str] | None = None) -> Path:
                 "loss": losses[-1] if losses else None,
                 "parameters": model.num_parameters(),
             },
-            "data": {"source": data_args.source, "pictures": len(data.train or []), "skipped": skipped},
+            "data": {
+                "source": data_args.source,
+                "pictures": len(data.train or []),
+                "skipped": skipped,
+                "is_local": {name: Path(value).exists() for name, value in named.items() if value},
+            },
             "machine": describe_machine(args),
         }
         write_json(output_dir / LOG_FILE, trainer.state.log_history)
@@ -257,11 +263,6 @@ def train(argv: list[str] | None = None) -> Path:
         write_json(output_dir / RESULT_FILE, results)
         report_skipped(skipped)
     return output_dir
-
-
-def shown_name(output_dir: Path) -> str:
-    """What the card opens: the folder as the command had it, or its name alone where that is a path of one machine."""
-    return output_dir.name if output_dir.is_absolute() else output_dir.as_posix()
 
 
 def report_skipped(skipped: dict[str, str], shown: int = 10) -> None:

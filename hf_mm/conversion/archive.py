@@ -6,19 +6,22 @@ holds the bytes of its tensors, ``<root>/code/`` the TorchScript, which is not r
 
 from __future__ import annotations
 
+import errno
 import io
+import math
 import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .rules import ConversionError
+from .rules import ConversionError, first_line
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -32,10 +35,15 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+NEEDLESS = (  # instructions that allocate what the file says, or find a class in another way
+    *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
+    *(pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST),
+)
 LISTS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a member of a zip: the lengths of its name and of its extra field
-MAX_PICKLE = 1 << 28  # bytes
+MAX_PICKLE = 1 << 24  # bytes
 MAX_RATIO = 32  # of the members' bytes to the file's: weights do not compress, the code does by three or four
+SLACK = 1 << 20  # bytes that the tensors of a small file may have beyond that
 MAX_MODULES = 100_000
 MAX_NAME_LENGTH = 1_000
 
@@ -45,7 +53,9 @@ def is_archive(path: str | Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return bool(_roots(archive.namelist()))
-    except (zipfile.BadZipFile, struct.error, ValueError, OverflowError, NotImplementedError):
+    except Exception as error:  # zipfile raises much else than BadZipFile
+        if not is_damage(error):
+            raise
         return False
 
 
@@ -60,17 +70,40 @@ def read_archive(path: str | Path) -> dict[str, torch.Tensor]:
         ConversionError: the file is no whole archive, or holds anything but modules, containers and strided tensors.
     """
     path = Path(path)
+    with refusing(path, "TorchScript archive"), zipfile.ZipFile(path) as archive:
+        return _read(archive, path)
+
+
+@contextmanager
+def refusing(path: Path, kind: str) -> Iterator[None]:
+    """Makes one sentence with the file's name of all that reading a file of this kind raises, an OSError excepted."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _read(archive, path)
-    except OSError:
-        raise
+        yield
     except ConversionError as error:
         raise ConversionError(f"{path.name} is refused: {error}") from None
-    except Exception as error:  # a pickle can make Python raise anything
+    except Exception as error:  # a pickle can make Python raise anything, and zipfile, zlib and NumPy share no class
+        if not is_damage(error):
+            raise
         raise ConversionError(
-            f"{path.name} is no whole TorchScript archive ({type(error).__name__}: {error}): copy or download it again."
+            f"{path.name} is no whole {kind} ({type(error).__name__}: {first_line(error)}): copy or download it again."
         ) from error
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether a file is at fault rather than the system; a zip that lacks its beginning is sought before its beginning."""
+    return not isinstance(error, OSError) or error.errno == errno.EINVAL
+
+
+def check_expansion(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Tensors may share their numbers, or repeat one with a stride of 0, but not without end.
+
+    Raises:
+        ConversionError: written out they would have far more bytes than the file.
+    """
+    size = path.stat().st_size
+    whole = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
+    if whole > MAX_RATIO * size + SLACK:
+        raise ConversionError(f"its {size} bytes would become tensors of {whole} bytes.")
 
 
 class _Module:
@@ -96,7 +129,9 @@ class _Strided:
 
 
 class _Unpickler(pickle._Unpickler):  # the one in C allocates memory by the memo index that the file names
-    """Makes modules that do nothing, descriptions of tensors, and containers."""
+    """Makes modules that do nothing, descriptions of tensors, and containers; it copies none."""
+
+    dispatch = {code: read for code, read in pickle._Unpickler.dispatch.items() if bytes([code]) not in NEEDLESS}
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
@@ -106,12 +141,12 @@ class _Unpickler(pickle._Unpickler):  # the one in C allocates memory by the mem
         if module == "torch._utils" and name == "_rebuild_tensor_v2":
             return _Strided
         if module == "collections" and name == "OrderedDict":
-            return OrderedDict
+            return lambda: OrderedDict()
         if module == "torch.jit._pickle" and name in LISTS:
-            return list
+            return lambda values: values
         if module == "torch.jit._pickle" and name == "restore_type_tag":
             return lambda value, type_name: value  # a new one each time: a pickle may write to what it names
-        raise ConversionError(f"its pickle asks for {module}.{name}, which a file of weights has no need of.")
+        raise ConversionError(f"its pickle asks for {f'{module}.{name}':.80}, which a file of weights has no need of.")
 
     def persistent_load(self, pid: Any) -> Any:
         return pid
@@ -134,7 +169,7 @@ class _Storages:
         if any(type(number) is not int for number in numbers):
             raise ConversionError("the offset, size and stride of a tensor are not whole numbers.")
         if len(size) != len(stride) or min(numbers) < 0:
-            raise ConversionError(f"a tensor has offset {offset}, size {size} and stride {stride}.")
+            raise ConversionError(f"a tensor has offset {offset!r:.80}, size {size!r:.80} and stride {stride!r:.80}.")
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if 0 not in size and last >= len(storage):
             raise ConversionError(f"a tensor reaches to number {last} of a storage that holds {len(storage)}.")
@@ -150,7 +185,7 @@ class _Storages:
         if (key, dtype) not in self._read:
             member = self._members.get(f"{self._root}/data/{key}")
             if member is None:
-                raise ConversionError(f"storage {key} is missing.")
+                raise ConversionError(f"storage {key:.80} is missing.")
             if member.file_size != count * dtype.itemsize:
                 raise ConversionError(f"storage {key} has {member.file_size} bytes, where it says {count} of {dtype}.")
             numbers = self._bytes(member)
@@ -173,7 +208,7 @@ class _Storages:
 
 
 def _read(archive: zipfile.ZipFile, path: Path) -> dict[str, torch.Tensor]:
-    members = _members(archive, path)
+    members = checked_members(archive, path)
     roots = _roots(members)
     if len(roots) != 1:
         raise ConversionError(f"it has {len(roots)} pickles beside TorchScript code, where an archive has one.")
@@ -187,19 +222,26 @@ def _read(archive: zipfile.ZipFile, path: Path) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for name, strided in _named_tensors(model):
         if name in tensors:
-            raise ConversionError(f"two of its tensors are called {name}.")
+            raise ConversionError(f"two of its tensors are called {name:.200}.")
         tensors[name] = storages.tensor(strided)
+    check_expansion(tensors, path)
     return tensors
 
 
-def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+def checked_members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    """The members of a zip by name.
+
+    Raises:
+        ConversionError: two have one name, one would lie outside the archive, or all would unpack to far more than the
+            file holds.
+    """
     members: dict[str, zipfile.ZipInfo] = {}
     for member in archive.infolist():
         name = member.orig_filename
         if name.startswith("/") or ".." in name.split("/") or any(character in name for character in "\\:\0"):
-            raise ConversionError(f"its member {name!r} would lie outside the archive.")
+            raise ConversionError(f"its member {name!r:.200} would lie outside the archive.")
         if name in members:
-            raise ConversionError(f"it has two members called {name!r}.")
+            raise ConversionError(f"it has two members called {name!r:.200}.")
         members[name] = member
     size, unpacked = path.stat().st_size, sum(member.file_size for member in members.values())
     if unpacked > MAX_RATIO * size:

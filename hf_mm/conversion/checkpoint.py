@@ -6,7 +6,6 @@ import hashlib
 import json
 import pickle
 import re
-import struct
 import zipfile
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,25 +14,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from .archive import is_archive, read_archive
-from .rules import ConversionError, listed
+from .archive import check_expansion, checked_members, is_archive, is_damage, read_archive, refusing
+from .rules import ConversionError, first_line, listed
 
 INDEX = ".index.json"
-PUBLISHED_FILES = (  # the first one that is there
-    "model.safetensors",
-    f"model.safetensors{INDEX}",
+PUBLISHED_FILES = (  # the first one that is there; beside open_clip's, model.safetensors may be the image tower alone
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
+    "model.safetensors",
+    f"model.safetensors{INDEX}",
     "pytorch_model.bin",
     f"pytorch_model.bin{INDEX}",
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+ARRAYS = ".npz"
 BESIDE_WEIGHTS = (".json", ".txt", ".model")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
@@ -62,7 +63,7 @@ class Checkpoint:
     """Named tensors, and what lies beside them.
 
     Args:
-        tensors: by name, mapped from the file until they are used.
+        tensors: by name, mapped from the file or read when they are used.
         configs: the JSON files beside the weights by file name, such as ``"config.json"``.
         origins: where the tensors came from.
         folder: where the files beside the weights lie, None for a lone file.
@@ -103,7 +104,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Opens published weights without executing anything in them.
 
-    Reads safetensors, pickles of tensors (``weights_only``) and TorchScript archives, one file or shards with an index.
+    Reads safetensors, pickles of tensors (``weights_only``), TorchScript archives and ``.npz`` files of NumPy, one file or
+    shards with an index. An ``.npz`` file keeps its own names, such as ``"Transformer/encoder_norm/bias"``.
     A training checkpoint stands for the state dict in it; the prefixes of DDP and ``torch.compile`` are taken off.
 
     Args:
@@ -147,14 +149,19 @@ def _open(files: list[Path], folder: Path | None, origin: Origin, sha256: str | 
 
 
 def _read(file: Path) -> Mapping[str, torch.Tensor]:
-    """The tensors of one file, by what it holds rather than by its name."""
+    """The tensors of one file, by what it holds where its name does not tell."""
     with file.open("rb") as opened:
         head = opened.read(9)
     if file.suffix == ".safetensors" or head[8:] == b"{":
         return _safetensors(file)
+    if file.suffix == ARRAYS:
+        return _arrays(file)
     if is_archive(file):
         return read_archive(file)
-    return _unwrapped(_unpickled(file, is_zip=head.startswith(b"PK")), file.name)
+    tensors = _unwrapped(_unpickled(file, is_zip=head.startswith(b"PK")), file.name)
+    with refusing(file, "file of weights"):
+        check_expansion(tensors, file)
+    return tensors
 
 
 class _Lazy(Mapping):
@@ -185,9 +192,28 @@ def _safetensors(file: Path) -> _Lazy:
         opened = safe_open(file, framework="pt")
     except SafetensorError as error:
         raise ConversionError(
-            f"{file.name} is cut short or no safetensors file ({error}): copy or download it again."
+            f"{file.name} is cut short or no safetensors file ({first_line(error)}): copy or download it again."
         ) from error
     return _Lazy({name: partial(opened.get_tensor, name) for name in opened.keys()})  # noqa: SIM118 - not a mapping
+
+
+def _arrays(file: Path) -> _Lazy:
+    """The arrays of an ``.npz`` file, each unpacked when it is asked for."""
+    with refusing(file, ".npz file"), zipfile.ZipFile(file) as archive:
+        members = checked_members(archive, file)
+    if others := [name for name in members if not name.endswith(".npy")]:
+        raise ConversionError(f"{file.name} holds what is no array: {listed(others)}.")
+    return _Lazy({name.removesuffix(".npy"): partial(_array, file, name) for name in members})
+
+
+def _array(file: Path, member: str) -> torch.Tensor:
+    """One array of an ``.npz`` file; two bytes of no type are bfloat16, which NumPy does not have."""
+    name = member.removesuffix(".npy")
+    with refusing(file, f".npz file with plain numbers in {name:.200}"), np.load(file, allow_pickle=False) as arrays:
+        array = arrays[member]
+        if array.dtype == "V2":
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
 
 
 def _unpickled(file: Path, is_zip: bool) -> Any:
@@ -196,22 +222,21 @@ def _unpickled(file: Path, is_zip: bool) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        asked = re.search(r"GLOBAL ([\w.]{1,100})", str(error))
         reason = f"asks for {asked[1]}, which is no tensor" if asked else "holds something else than tensors"
         raise ConversionError(f"{file.name} {reason}: only plain tensors are read from a pickle.") from error
-    except (RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # a pickle can make Python raise anything
+        if not is_damage(error):
+            raise
         raise ConversionError(
-            f"{file.name} is cut short or no file of weights ({_first_line(error)}): copy or download it again."
+            f"{file.name} is cut short or no file of weights ({first_line(error)}): copy or download it again."
         ) from error
 
 
 def _check_stored(file: Path) -> None:
     """Mapped numbers have to be stored as they are, which `torch.load` takes for granted."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            packed = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
-    except (zipfile.BadZipFile, struct.error, ValueError, OverflowError, NotImplementedError) as error:
-        raise ConversionError(f"{file.name} is cut short ({error}): copy or download it again.") from error
+    with refusing(file, "file of weights"), zipfile.ZipFile(file) as archive:
+        packed = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
     if packed:
         raise ConversionError(
             f"{file.name} was zipped again with compression, of {listed(packed)}: take the original."
@@ -220,12 +245,15 @@ def _check_stored(file: Path) -> None:
 
 def _unwrapped(content: Any, file_name: str) -> dict[str, torch.Tensor]:
     """The state dict in a training checkpoint, or what is one already."""
+    seen: set[int] = set()
+    while isinstance(content, dict) and id(content) not in seen:
+        seen.add(id(content))
+        content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
     if not isinstance(content, dict):
         raise ConversionError(f"{file_name} holds a {type(content).__name__}, where named tensors were expected.")
-    for wrapper in WRAPPERS:
-        if isinstance(content.get(wrapper), dict):
-            return _unwrapped(content[wrapper], file_name)
-    others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if unnamed := [f"{name!r:.80}" for name in content if not isinstance(name, str)]:
+        raise ConversionError(f"{file_name} calls its tensors {listed(unnamed)}, where names were expected.")
+    others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise ConversionError(f"{file_name} holds what is no tensor: {listed(others)}.")
     return {name: tensor.detach() for name, tensor in content.items()}
@@ -264,7 +292,7 @@ def _configs(folder: Path) -> dict[str, dict[str, Any]]:
             continue
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConversionError(f"{file.name} is not JSON ({error}): copy or download it again.") from error
         if isinstance(content, dict):
             configs[file.name] = content
@@ -283,7 +311,7 @@ def _choose(names: Iterable[str], where: str) -> str:
     for name in PUBLISHED_FILES:
         if name in names:
             return name
-    for suffixes in ((".safetensors",), PICKLES):
+    for suffixes in ((".safetensors",), PICKLES, (ARRAYS,)):
         found = [name for name in names if Path(name).suffix in suffixes]
         if len(found) > 1:
             raise ConversionError(f"{where} holds several files of weights, {listed(found)}: give the path of one.")
@@ -299,7 +327,7 @@ def _parts(file: Path, fetch: Callable[[str], Path]) -> list[Path]:
     try:
         names = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
         outside = [name for name in names if name in ("", ".", "..") or re.search(r"[/\\:]", name)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionError(f"{file.name} is no index of shards ({error}): copy or download it again.") from error
     if outside:
         raise ConversionError(f"{file.name} names {listed(outside)}, which would lie outside its folder.")
@@ -331,7 +359,7 @@ def _download(repo: str, revision: str | None, token: str | bool | None) -> Path
         try:
             return Path(hub.hf_hub_download(repo, name, revision=commit))
         except Exception as error:
-            raise OSError(f"{name} of {repo} could not be downloaded ({_first_line(error)}).") from error
+            raise OSError(f"{name} of {repo} could not be downloaded ({first_line(error)}).") from error
 
     weights = _choose(names, repo)
     wanted = [name for name in names if name.endswith(BESIDE_WEIGHTS) and not name.endswith(INDEX)]
@@ -347,9 +375,5 @@ def _cached(repo: str, revision: str | None, error: Exception) -> Path:
         return Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except Exception:
         raise OSError(
-            f"{repo} is no file or folder here, and could not be had from the Hub ({_first_line(error)})."
+            f"{repo} is no file or folder here, and could not be had from the Hub ({first_line(error)})."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

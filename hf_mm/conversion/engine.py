@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,8 @@ class Conversion:
             The folder.
 
         Raises:
-            FileExistsError: there is a file, or a folder that is not empty.
+            FileExistsError, NotADirectoryError: see `check_target`.
+            ConversionError: the source could not be read any more.
             OSError: it could not be written; nothing is left of it.
         """
         folder = Path(folder)
@@ -92,9 +93,13 @@ class Conversion:
     def _tensors(self, owned: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """The model's tensors in its dtypes; where they have to be its own, copied and cast in one allocation."""
         stored = stored_tensors(self.empty)
-        for name, tensor in run(self.steps, self.checkpoint.tensors):
-            dtype = stored[name].dtype
-            yield name, tensor.detach().to(dtype, copy=owned, memory_format=torch.contiguous_format)
+        try:
+            for name, tensor in run(self.steps, self.checkpoint.tensors):
+                dtype = stored[name].dtype
+                yield name, tensor.detach().to(dtype, copy=owned, memory_format=torch.contiguous_format)
+        except OSError as error:
+            sources = listed(origin.name for origin in self.checkpoint.origins)
+            raise ConversionError(f"{sources} could not be read any more ({error.strerror or error}).") from error
 
     def _save_config(self, folder: Path) -> None:
         config = copy.deepcopy(self.empty.config)
@@ -230,13 +235,37 @@ def _form(tensor: torch.Tensor) -> str:
     return f"{tuple(tensor.shape)}{kind}"
 
 
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside the one named, which gets its name at the end, or is removed if anything fails."""
-    target = folder.resolve()
+def check_target(folder: str | Path) -> None:
+    """Checks that a new folder can take this place, so that no work is done in vain.
+
+    Raises:
+        FileExistsError: there is a file, or a folder that is not empty.
+        NotADirectoryError: it would lie below a file.
+    """
+    target = Path(folder).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder: choose another.")
-    home = next(parent for parent in target.parents if parent.is_dir())
+    if not (above := _nearest(target.parent)).is_dir():
+        raise NotADirectoryError(f"{folder} would lie below {above.name}, which is a file: choose another folder.")
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself or the first of its parents that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside the one named, which gets its name at the end, or is removed if anything fails.
+
+    Raises:
+        FileExistsError, NotADirectoryError: see `check_target`; before any work.
+        OSError: something could not be written. Parents made for the folder are gone again too.
+    """
+    check_target(folder)
+    target = folder.resolve()
+    home = _nearest(target.parent)
+    missing = [parent for parent in target.parents if not parent.exists()]
     aside = home / f".{target.name}-{uuid.uuid4().hex[:8]}"
     try:
         aside.mkdir()
@@ -250,6 +279,15 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise OSError(f"the model could not be written to {folder} ({error}); nothing is left of it.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if not target.exists():
+            _remove_empty(missing)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Removes folders, innermost first; one that is missing or in use stays as it is."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _flush(folder: Path) -> None:
@@ -261,4 +299,5 @@ def _flush(folder: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Writes what JSON can hold as indented UTF-8 with a last newline; other letters than ASCII stay as they are."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
 
+from .layouts import first_line
+
 DISTRIBUTIONS = {"open_clip": "open_clip_torch"}  # where the name to install is another
 TOLERANCE = 1e-4
+NOT_VERIFIED = "built with the heads and activation that were given, which this cannot verify"
 
 
 def import_peer(name: str) -> ModuleType:
@@ -26,11 +31,24 @@ def import_peer(name: str) -> ModuleType:
         ) from error
 
 
+@contextmanager
+def built_by(name: str) -> Iterator[None]:
+    """While a library builds its model of the checkpoint. Raises OSError where it cannot."""
+    try:
+        yield
+    except Exception as error:  # each library raises its own
+        raise OSError(
+            f"The check needs {name}'s own model of the checkpoint, which it does not build ({first_line(error)}): leave "
+            "--check out."
+        ) from error
+
+
 def largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """max |difference| / max |theirs|; infinite where the shapes differ or a number is not finite."""
+    """max |difference| / max |theirs|; infinite where the shapes differ or a number is not finite, 0 for equal zeros."""
     if ours.shape != theirs.shape or not (ours.isfinite().all() and theirs.isfinite().all()):
         return float("inf")
-    return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
+    largest = theirs.double().abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    return float((ours.double() - theirs.double()).abs().max() / largest)
 
 
 def require_agreement(differences: dict[str, float], peer: str) -> str:

@@ -18,6 +18,7 @@ import torch
 Transform = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 PLACEHOLDER = re.compile(r"\\\{(\w+)(\\\*)?\\\}")
 MAX_NAMES = 8  # in an error message
+MAX_LENGTH = 300  # characters of each of them, and of the errors of other libraries
 
 
 class ConversionError(ValueError):
@@ -42,6 +43,7 @@ class Rule:
     backward: Transform
 
     def inverse(self) -> Rule:
+        """The rule from the target layout to the source layout."""
         return Rule(self.targets, self.sources, self.backward, self.forward)
 
 
@@ -128,21 +130,23 @@ def plan(rules: Iterable[Rule], sources: Iterable[str], targets: Iterable[str] |
     return steps
 
 
-def run(
-    steps: Sequence[Step], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the target tensors one step at a time, floating ones in `dtype`; nothing else is held."""
+def run(steps: Iterable[Step], tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the target tensors with their names one step at a time; nothing else is held."""
     for step in steps:
         results = step.transform([tensors[name] for name in step.sources])
-        for name, tensor in zip(step.targets, results, strict=True):
-            yield name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        yield from zip(step.targets, results, strict=True)
 
 
 def listed(names: Iterable[str]) -> str:
     """Names for a message: the first few, and how many more there are."""
-    names = sorted(names)
+    names = [f"{name:.{MAX_LENGTH}}" for name in sorted(names)]
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for a sentence: its first line, without the full stop, or else its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")[:MAX_LENGTH]
 
 
 def _bind(rule: Rule, names: set[str]) -> Iterator[Step]:

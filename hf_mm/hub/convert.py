@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoProcessor, PreTrainedModel
 
-from ..conversion.checkpoint import Checkpoint
-from ..conversion.engine import Conversion
+from ..conversion.checkpoint import Checkpoint, open_checkpoint
+from ..conversion.engine import Conversion, check_target
 from ..conversion.peers import require_agreement
 from ..models.clip import conversion_clip, peer_check_clip
 from ..models.clip.modeling_clip import MMClipModel
@@ -19,7 +19,7 @@ from ..models.vit.configuration_vit import MMViTConfig
 from ..models.vit.image_processing_vit import MMViTImageProcessorPil
 from ..models.vit.modeling_vit import MMViTForImageClassification, MMViTModel
 from .converted_card import converted_card
-from .push import push_folder
+from .push import check_repo_id, push_folder
 
 
 def convert_clip(
@@ -49,6 +49,9 @@ def convert_clip(
     Raises:
         ValueError, OSError: see `read_clip`; or the peer is missing or disagrees. Nothing is written then.
     """
+    if push_to_hub:
+        check_repo_id(push_to_hub)
+    check_target(out)
     checkpoint = conversion_clip.open_clip_source(source, revision=revision)
     if published := conversion_clip.published_name(checkpoint):
         print(f"{source} is OpenAI's {published}.")
@@ -84,7 +87,10 @@ def convert_vit(
     Raises:
         ValueError, OSError: see `read_vit`; or the peer is missing or disagrees. Nothing is written then.
     """
-    checkpoint = conversion_vit.open_vit_source(source, revision=revision)
+    if push_to_hub:
+        check_repo_id(push_to_hub)
+    check_target(out)
+    checkpoint = open_checkpoint(source, revision=revision)
     peer = peer_check_vit.peer_of(checkpoint) if check else None
     conversion, image_processor = conversion_vit.read_vit(
         checkpoint, activation=activation, image_size=image_size, num_attention_heads=num_attention_heads
@@ -95,6 +101,7 @@ def convert_vit(
 
 def export_clip(source: str, out: str | Path, layout: str) -> Path:
     """Writes a CLIP of ours, a folder or Hub id, as ``"transformers"`` or ``"open_clip"`` opens it."""
+    check_target(out)
     model, processor = MMClipModel.from_pretrained(source), AutoProcessor.from_pretrained(source)
     write = {"transformers": conversion_clip.save_as_transformers, "open_clip": conversion_clip.save_as_open_clip}
     return write[layout](model, processor, out)
@@ -102,6 +109,7 @@ def export_clip(source: str, out: str | Path, layout: str) -> Path:
 
 def export_vit(source: str, out: str | Path, layout: str) -> Path:
     """Writes a ViT of ours, a folder or Hub id, as ``"transformers"`` or ``"timm"`` opens it."""
+    check_target(out)
     architectures = MMViTConfig.from_pretrained(source).architectures or []
     classifies = MMViTForImageClassification.__name__ in architectures
     model = (MMViTForImageClassification if classifies else MMViTModel).from_pretrained(source)

@@ -1,4 +1,4 @@
-"""Model cards of converted weights, filled from what the conversion recorded."""
+"""Model cards of weights whose training is not recorded: converted ones, and ones that were trained further."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ TASKS = {
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForCausalLM": "text-generation",
 }
+TEXT_TASKS = {"zero-shot-image-classification", "feature-extraction", "image-text-to-text", "text-generation"}
 
 
 def converted_card(
@@ -47,17 +48,78 @@ def converted_card(
     """
     if not origins:
         raise ValueError("a card of converted weights needs at least one origin: name the checkpoint they come from.")
-    task = task_of(model_class, config)
     base_models = [origin["name"] for origin in origins if _is_on_the_hub(origin)]
-    metadata = ModelCardData(
+    return _card(
+        "converted",
+        model_class,
+        config,
+        license=license,
+        model_name=model_name,
+        metadata={"base_model": base_models or None},
+        origins=[_shown(origin) for origin in origins],
+    )
+
+
+def finetuned_card(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    license: str,
+    model_name: str,
+    base_model: str | None = None,
+    dataset: str | None = None,
+) -> ModelCard:
+    """The card of weights that were trained further, by a run of which nothing is recorded but what is given here.
+
+    Nothing is sent or downloaded; ``card.save(folder / "README.md")`` writes it.
+
+    Args:
+        model_class: what was trained.
+        config: of the model.
+        license: of the weights, an id of the Hub: ``"other"`` where it is not settled.
+        model_name: what the reader opens: a folder, or the id of the repository.
+        base_model: what the training began from: an id of the Hub with its owner, or another name; None where it is not
+            known. Of a local path the last part is printed.
+        dataset: what it was trained on, likewise.
+
+    Returns:
+        The card, with metadata for the Hub.
+
+    Raises:
+        ValueError: the model class is not in the table of models.
+    """
+    return _card(
+        "finetuned",
+        model_class,
+        config,
+        license=license,
+        model_name=model_name,
+        metadata={"base_model": _owned_id(base_model), "datasets": [dataset] if _owned_id(dataset) else None},
+        base_model=public_name(base_model) if base_model else "",
+        dataset=public_name(dataset) if dataset else "",
+    )
+
+
+def _card(
+    template: str,
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    *,
+    license: str,
+    model_name: str,
+    metadata: dict[str, Any],
+    **values: Any,
+) -> ModelCard:
+    """A card with what the config tells, and further metadata and values of its template."""
+    task = task_of(model_class, config)
+    data = ModelCardData(
         license=license,
         library_name="transformers",
         pipeline_tag=task,
         tags=["hf_mm", config.model_type],
-        base_model=base_models or None,
+        **metadata,
     )
     text = fill_template(
-        "converted",
+        template,
         model_name=model_name,
         model_class=model_class.__name__,
         auto_class=_auto_class_of(model_class, config),
@@ -66,9 +128,10 @@ def converted_card(
         dtype=_dtype_of(config),
         license=license,
         task=task,
-        origins=[_shown(origin) for origin in origins],
+        reads_text=task in TEXT_TASKS,
+        **values,
     )
-    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
 def task_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
@@ -106,6 +169,11 @@ def _auto_class_of(model_class: type[PreTrainedModel], config: PreTrainedConfig)
 
 def _dtype_of(config: PreTrainedConfig) -> str:
     return str(config.dtype or torch.float32).removeprefix("torch.")
+
+
+def _owned_id(name: str | None) -> str | None:
+    """The name, if it is an id of the Hub with its owner: one without may be any name."""
+    return hub_id(name) if name and "/" in name else None
 
 
 def _is_on_the_hub(origin: Mapping[str, Any]) -> bool:

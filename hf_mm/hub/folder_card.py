@@ -1,4 +1,4 @@
-"""The card of a saved folder, filled from what a training run or a conversion left in it."""
+"""The card of a saved folder, filled from what a training run or a conversion left in it, or from what is known."""
 
 from __future__ import annotations
 
@@ -12,38 +12,51 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from ..auto import MODELS
 from ..conversion.engine import RECORD
 from ..trainers.recipes import RECIPE_FILE, RESULT_FILE
-from .converted_card import converted_card
-from .model_card import build_model_card
+from .converted_card import converted_card, finetuned_card
+from .model_card import build_model_card, shown_name
 from .standalone import read_config
 
 
-def write_card(folder: str | Path, license: str = "other", model_name: str | None = None) -> Path:
-    """Writes, or renews, the ``README.md`` of a folder that a finished run or a conversion made.
+def write_card(
+    folder: str | Path,
+    license: str = "other",
+    model_name: str | None = None,
+    base_model: str | None = None,
+    dataset: str | None = None,
+) -> Path:
+    """Writes, or renews, the ``README.md`` of a saved model: of a finished run, of a conversion, or trained further.
 
     Args:
-        folder: with ``config.json`` and either the recipe and the results of a run, or the record of a conversion.
+        folder: with ``config.json``, and the recipe and the results of a run, or the record of a conversion; one without
+            either is taken for a model that was trained further in some other way.
         license: of the weights, an id of the Hub; ``"other"`` where it is not settled.
         model_name: what the reader opens; by default the folder.
+        base_model, dataset: of a model that was trained further, see `finetuned_card`.
 
     Returns:
         Path of the card. It is there whole, or as it was.
 
     Raises:
-        ValueError: the folder holds no model of the table, neither record, or one that is damaged.
+        ValueError: the folder holds no model of the table, a record that is damaged or not finished, or one that tells
+            the base model and the data set itself.
     """
     folder = Path(folder)
     config = read_config(folder)
-    model_name = model_name or (folder.resolve().name if folder.is_absolute() else folder.as_posix())
-    if (folder / RESULT_FILE).is_file() and (folder / RECIPE_FILE).is_file():
+    model_name = model_name or shown_name(folder)
+    records = [name for name in (RECIPE_FILE, RESULT_FILE, RECORD) if (folder / name).is_file()]
+    if records and (base_model or dataset):
+        raise ValueError(f"{folder / records[0]} tells base model and data set: leave them out.")
+    if {RECIPE_FILE, RESULT_FILE} <= set(records):
         card = _trained_card(folder, config, license, model_name)
-    elif (folder / RECORD).is_file():
+    elif RECORD in records:
         sources = _read(folder / RECORD, "sources")["sources"]
         card = converted_card(_model_class(config), config, sources, license, model_name)
-    else:
+    elif records:
         raise ValueError(
-            f"{folder} holds neither a finished run ({RECIPE_FILE}, {RESULT_FILE}) nor the record of a conversion "
-            f"({RECORD}): there is nothing to fill a card from."
+            f"{folder} holds a run that is not finished, of {records[0]} alone: train it to its end first."
         )
+    else:
+        card = finetuned_card(_model_class(config), config, license, model_name, base_model, dataset)
     aside = folder / ".README.md.tmp"
     card.save(aside)
     return aside.replace(folder / "README.md")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedModel
 
 from ..evaluation.formatting import format_percent
+from .standalone import INSTALL
 
 EMOJI = "emoji"  # the source of the bundled pictures
+EMOJI_NAME = "Emoji by four artists"
 RECALLS = {
     f"{direction}_r{k}": (f"recall_at_{k}", f"{name} R@{k}")
     for direction, name in (("i2t", "picture to caption"), ("t2i", "caption to picture"))
@@ -66,7 +69,9 @@ def build_model_card(
         metrics: what `hf_mm.evaluation` returned: a dict of retrieval metrics, such a dict for each test set, or several
             evaluations of either kind by name. A dict whose ``"is_result"`` is False is left out. Empty if there was none.
         training: facts of the run to print, such as its steps and seconds.
-        data: ``"source"``, ``"pictures"`` (0 where unknown) and ``"skipped"``, the rows left out with reasons.
+        data: ``"source"``, ``"pictures"`` (0 where unknown), ``"skipped"``, the rows left out with reasons, and where it
+            was recorded ``"is_local"``: by name of the setting, whether ``source`` and ``model_name_or_path`` were paths
+            where the run was. Without it a name is taken for a path where there is such a file now.
         settings: what the run was set to, for the bundled pictures with the ``"split"``; nested settings are printed with
             dots, empty ones left out.
         machine: hardware and versions.
@@ -79,7 +84,9 @@ def build_model_card(
         ValueError: there is no such template.
     """
     source, base_model = data["source"], settings.get("model_name_or_path")
-    dataset = hub_id(source)
+    is_local = data.get("is_local", {})
+    dataset = hub_id(source, is_local.get("source"))
+    shown_source = public_name(source, is_local.get("source"))
     evaluations = _evaluations(metrics)
     metadata = ModelCardData(
         license=license,
@@ -87,9 +94,10 @@ def build_model_card(
         pipeline_tag="zero-shot-image-classification",
         tags=["hf_mm", model.config.model_type],
         datasets=[dataset] if dataset else None,
-        base_model=hub_id(base_model),
+        base_model=hub_id(base_model, is_local.get("model_name_or_path")),
         model_name=model_name,
-        eval_results=list(_eval_results(evaluations, source)) or None,
+        eval_results=list(_eval_results(evaluations, EMOJI_NAME if source == EMOJI else shown_source, dataset))
+        or None,
     )
     text = fill_template(
         template,
@@ -98,24 +106,30 @@ def build_model_card(
         parameters=model.num_parameters(),
         license=license,
         is_emoji=source == EMOJI,
-        source=public_name(source),
+        source=shown_source,
         dataset=dataset,
-        base_model=public_name(base_model) if base_model else "",
+        base_model=public_name(base_model, is_local.get("model_name_or_path")) if base_model else "",
         pictures=data["pictures"],
         skipped=len(data["skipped"]),
         evaluations=evaluations,
         training=training,
-        settings=dict(_flatten(settings)),
+        settings=dict(_flatten(settings, is_local)),
         machine=machine,
     )
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n")
 
 
 def fill_template(name: str, **values: Any) -> str:
-    """Renders the template of that name. Raises ValueError where there is none, UndefinedError for a missing value."""
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    """Renders the template of that name, which may use ``install`` and the values.
+
+    Raises ValueError where there is no such template, UndefinedError for a missing value.
+    """
+    path = find_template(name)
+    environment = Environment(
+        loader=FileSystemLoader(path.parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"percent": format_percent, "cell": _table_cell}
-    return environment.from_string(find_template(name).read_text(encoding="utf-8")).render(**values)
+    return environment.get_template(path.name).render(install=INSTALL, **values)
 
 
 def _evaluations(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -135,8 +149,9 @@ def _is_row(value: Any) -> bool:
     return isinstance(value, dict) and "i2t_r1" in value
 
 
-def _eval_results(evaluations: dict[str, dict[str, Any]], source: str) -> Iterator[EvalResult]:
-    name = "Emoji by four artists" if source == EMOJI else public_name(source)
+def _eval_results(evaluations: dict[str, dict[str, Any]], name: str, dataset: str | None) -> Iterator[EvalResult]:
+    """Every recall, for the model index; the Hub asks for a type of data set without blanks where there is no id."""
+    dataset_type = dataset or re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-") or "private"
     for evaluation, rows in evaluations.items():
         for test_set, row in rows.items():
             if not _is_row(row):
@@ -145,7 +160,7 @@ def _eval_results(evaluations: dict[str, dict[str, Any]], source: str) -> Iterat
                 metric_type, metric_name = RECALLS[metric]
                 yield EvalResult(
                     task_type="image-text-retrieval",
-                    dataset_type=hub_id(source) or name,
+                    dataset_type=dataset_type,
                     dataset_name=name,
                     dataset_config=evaluation or None,
                     dataset_split=test_set,
@@ -155,9 +170,20 @@ def _eval_results(evaluations: dict[str, dict[str, Any]], source: str) -> Iterat
                 )
 
 
-def hub_id(name: str | None) -> str | None:
-    """The name, if it is one of the Hub and not of a file or of the bundled pictures."""
-    if name is None or name == EMOJI or Path(name).exists():
+def shown_name(folder: Path) -> str:
+    """What a card opens: the folder as the command had it, or its name alone where that is a path of one machine."""
+    is_one_machines = folder.is_absolute() or ".." in folder.parts or not folder.parts
+    return folder.resolve().name if is_one_machines else folder.as_posix()
+
+
+def hub_id(name: str | None, is_local: bool | None = None) -> str | None:
+    """The name, if it is one of the Hub and not of a file or of the bundled pictures.
+
+    Args:
+        name: of a data set or model.
+        is_local: whether it is that of a file; None looks for one.
+    """
+    if name is None or name == EMOJI or (Path(name).exists() if is_local is None else is_local):
         return None
     try:
         validate_repo_id(name)
@@ -166,17 +192,17 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def public_name(name: str) -> str:
-    """The name as it may be printed: of a local path, the last part only."""
-    return name if hub_id(name) else Path(name).name
+def public_name(name: str, is_local: bool | None = None) -> str:
+    """The name as it may be printed: of a local path, the last part only. See `hub_id`."""
+    return name if hub_id(name, is_local) else Path(name).name
 
 
-def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(settings: dict[str, Any], is_local: Mapping[str, bool], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in settings.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from _flatten(value, is_local, f"{prefix}{name}.")
         elif isinstance(value, str):
-            yield prefix + name, public_name(value) if "/" in value else value
+            yield prefix + name, public_name(value, is_local.get(prefix + name)) if "/" in value else value
         elif value is not None:
             yield prefix + name, value
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
@@ -116,14 +115,6 @@ def standalone_changes(folder: str | Path, shim: bool = False) -> dict[str, str]
     return {**files, **_json_with_auto_map(folder, entry, shim)}
 
 
-def write_standalone(folder: str | Path, shim: bool = False) -> None:
-    """Makes a saved folder one that opens without hf_mm, see `standalone_changes`."""
-    for name, text in standalone_changes(folder, shim).items():
-        aside = Path(folder) / f".{name}.tmp"
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(Path(folder) / name)
-
-
 def read_config(folder: Path) -> PreTrainedConfig:
     """The config of a saved model of the table.
 
@@ -158,17 +149,13 @@ def _types_of_parts(config: PreTrainedConfig) -> list[str]:
 
 def _classes(entry: Entry) -> list[type]:
     """All classes of one model type."""
-    own = [entry.config, *entry.models.values(), *_image_processors(entry).values(), entry.tokenizer, entry.processor]
+    own = [entry.config, *entry.models.values(), _image_processor(entry), entry.tokenizer, entry.processor]
     return [one for one in dict.fromkeys(own) if one is not None]
 
 
-def _image_processors(entry: Entry) -> dict[str, type]:
-    """Both backends of a model's image processor, also where torchvision is missing and only one is registered."""
-    if "pil" not in entry.image_processors:
-        return entry.image_processors
-    pil = entry.image_processors["pil"]
-    torchvision = getattr(sys.modules[pil.__module__], pil.__name__.removesuffix("Pil"))
-    return {"pil": pil, "torchvision": torchvision}
+def _image_processor(entry: Entry) -> type | None:
+    """The image processor that every machine has: what is saved beside torchvision shall open without it too."""
+    return entry.image_processors.get("pil")
 
 
 def _home(entry: Entry) -> str:
@@ -282,16 +269,17 @@ def _json_with_auto_map(folder: Path, entry: Entry, shim: bool) -> dict[str, str
         maps["AutoProcessor"] = place(entry.processor)
     files = {"config.json": {**_read_json(folder / "config.json"), "auto_map": maps}}
 
-    image_processors = {backend: place(own) for backend, own in _image_processors(entry).items()}
-    if settings := _settings(folder, "preprocessor_config.json", "image_processor_type", _image_processors(entry)):
-        files["preprocessor_config.json"] = {**settings, "auto_map": {"AutoImageProcessor": image_processors}}
-    if settings := _settings(folder, "processor_config.json", "processor_class", {"": entry.processor}):
+    image_processor = _image_processor(entry)
+    image_map = {"AutoImageProcessor": {"pil": place(image_processor)}} if image_processor else {}
+    if settings := _settings(folder, "preprocessor_config.json", "image_processor_type", image_processor):
+        files["preprocessor_config.json"] = {**settings, "auto_map": image_map}
+    if settings := _settings(folder, "processor_config.json", "processor_class", entry.processor):
         nested = settings.get("image_processor", {})
-        if _names_one_of(nested.get("image_processor_type"), _image_processors(entry)):
-            nested["auto_map"] = {"AutoImageProcessor": image_processors}
+        if _is_named(nested.get("image_processor_type"), image_processor):
+            nested["auto_map"] = image_map
         files["processor_config.json"] = {**settings, "auto_map": {"AutoProcessor": maps["AutoProcessor"]}}
     # By the shim, AutoTokenizer reads the config first, which imports hf_mm: the tokenizer is then registered.
-    settings = _settings(folder, "tokenizer_config.json", "tokenizer_class", {"": entry.tokenizer})
+    settings = _settings(folder, "tokenizer_config.json", "tokenizer_class", entry.tokenizer)
     if settings and not shim:
         files["tokenizer_config.json"] = {**settings, "auto_map": {"AutoTokenizer": [None, place(entry.tokenizer)]}}
     return {
@@ -300,16 +288,17 @@ def _json_with_auto_map(folder: Path, entry: Entry, shim: bool) -> dict[str, str
     }
 
 
-def _settings(folder: Path, name: str, key: str, classes: dict[str, type | None]) -> dict | None:
-    """What a JSON file holds, where there is one and its `key` names one of the classes: others are not ours to place."""
+def _settings(folder: Path, name: str, key: str, own: type | None) -> dict | None:
+    """What a JSON file holds, where there is one and its `key` names a class of ours: others are not ours to place."""
     if not (folder / name).is_file():
         return None
     settings = _read_json(folder / name)
-    return settings if _names_one_of(settings.get(key), classes) else None
+    return settings if _is_named(settings.get(key), own) else None
 
 
-def _names_one_of(name: str | None, classes: dict[str, type | None]) -> bool:
-    return name in {own.__name__ for own in classes.values() if own is not None}
+def _is_named(name: str | None, own: type | None) -> bool:
+    """Whether a class has that name; an image processor has the same one with torchvision and without."""
+    return own is not None and name in (own.__name__, own.__name__.removesuffix("Pil"))
 
 
 def _read_json(path: Path) -> dict:

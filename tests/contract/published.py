@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
-from hf_mm.models.clip.configuration_clip import MMClipConfig, MMClipResNetConfig
+from hf_mm.models.clip.configuration_clip import MMClipConfig, MMClipResNetConfig, MMClipTextConfig
 from hf_mm.models.vit.configuration_vit import MMViTConfig
 
 
@@ -138,6 +139,62 @@ def open_clip_json(config: MMClipConfig) -> dict[str, Any]:
             "text_cfg": text_cfg,
         },
         "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.3, 0.3, 0.2], "interpolation": "bicubic"},
+    }
+
+
+def transformers_json(config: PreTrainedConfig, classifies: bool = False) -> dict[str, Any]:
+    """The ``config.json`` of transformers' model of these sizes, field by field as its documentation lists them."""
+    if isinstance(config, MMClipConfig):
+        return {
+            "model_type": "clip",
+            "architectures": ["CLIPModel"],
+            "projection_dim": config.projection_dim,
+            "logit_scale_init_value": config.logit_scale_init_value,
+            "text_config": transformers_json(config.text_config),
+            "vision_config": transformers_json(config.vision_config),
+        }
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+    }
+    if isinstance(config, MMClipTextConfig):
+        return {
+            **sizes,
+            "model_type": "clip_text_model",
+            "architectures": ["CLIPTextModel"],
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": config.max_position_embeddings,
+            "projection_dim": config.projection_dim,
+            "attention_dropout": config.attention_dropout,
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": config.eos_token_id,
+            "pad_token_id": config.pad_token_id,
+        }
+    pictures = {"image_size": config.image_size, "patch_size": config.patch_size, "num_channels": config.num_channels}
+    if isinstance(config, MMViTConfig):
+        labels = {str(number): f"LABEL_{number}" for number in range(config.num_labels)}
+        return {
+            **sizes,
+            **pictures,
+            "model_type": "vit",
+            "architectures": ["ViTForImageClassification" if classifies else "ViTModel"],
+            "qkv_bias": config.qkv_bias,
+            "hidden_dropout_prob": config.hidden_dropout,
+            "attention_probs_dropout_prob": config.attention_dropout,
+            "id2label": labels,
+            "label2id": {label: int(number) for number, label in labels.items()},
+        }
+    return {
+        **sizes,
+        **pictures,
+        "model_type": "clip_vision_model",
+        "architectures": ["CLIPVisionModel"],
+        "projection_dim": config.projection_dim,
+        "attention_dropout": config.attention_dropout,
     }
 
 

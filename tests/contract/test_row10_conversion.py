@@ -29,9 +29,8 @@ from hf_mm.models.vit import conversion_vit
 from hf_mm.models.vit.modeling_vit import MMViTForImageClassification, MMViTModel
 
 from .cases import cases_for, largest_error
-from .published import open_clip_json, openai_state
+from .published import open_clip_json, openai_state, transformers_json
 
-EVERY = pytest.mark.parametrize("case", cases_for(10), ids=str)
 PEERS = {
     MMViTForImageClassification: ViTForImageClassification,
     MMViTModel: ViTModel,
@@ -68,26 +67,44 @@ def has_resnet(config) -> bool:
     return isinstance(config, MMClipConfig) and isinstance(config.vision_config, MMClipResNetConfig)
 
 
+def is_clip(case) -> bool:
+    return case.model_class is MMClipModel
+
+
+# A layout that a case is published in. CLIP has two; transformers' has no ResNet tower.
+PUBLISHED = [
+    (case, layout)
+    for case in cases_for(10)
+    for layout, has_it in (
+        ("transformers", not has_resnet(case.config())),
+        ("open_clip", is_clip(case)),
+    )
+    if has_it
+]
+EVERY = pytest.mark.parametrize(("case", "layout"), PUBLISHED, ids=str)
+TRANSFORMERS = pytest.mark.parametrize(
+    ("case", "layout"), [pair for pair in PUBLISHED if pair[1] == "transformers"], ids=str
+)
+
+
 @pytest.fixture
-def published(case, tmp_path) -> Published:
+def published(case, layout, tmp_path) -> Published:
     folder, config = tmp_path / "published", case.config()
+    folder.mkdir()
     if "text" in case.inputs:
         getattr(case.preparer, "tokenizer", case.preparer).save_pretrained(folder)
-    if has_resnet(config):
-        folder.mkdir(exist_ok=True)
+    if layout == "open_clip":
         save_file(openai_state(config), folder / "open_clip_model.safetensors")
         (folder / "open_clip_config.json").write_text(json.dumps(open_clip_json(config)))
         return Published(folder, folder / "open_clip_model.safetensors")
-    # What config transformers' own model of these sizes has is taken from the converter, and proved by the outputs.
-    if case.model_class in (MMViTModel, MMViTForImageClassification):
-        theirs = conversion_vit.transformers_config(config, case.model_class)
-    else:
-        theirs = conversion_clip.transformers_config(config)
-    peer = PEERS[case.model_class](theirs).eval()
+    declared = transformers_json(config, classifies=case.model_class is MMViTForImageClassification)
+    peer_class = PEERS[case.model_class]
+    peer = peer_class(peer_class.config_class.from_dict(dict(declared))).eval()
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     peer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(declared))
     if prefix := PREFIXES.get(case.model_class):
         tensors = load_file(folder / "model.safetensors")
         save_file({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
@@ -99,28 +116,28 @@ def read(case, source: Path):
     return module_read(source)[0]
 
 
-def rules_of(case):
+def rules_of(case, layout):
     if case.config().model_type == "mm_vit":
         return conversion_vit.transformers_rules(case.model_class)
-    if has_resnet(case.config()):
-        return conversion_clip.open_clip_rules(resnet=True)
+    if layout == "open_clip":
+        return conversion_clip.open_clip_rules(resnet=has_resnet(case.config()))
     return conversion_clip.transformers_rules(case.model_class)
 
 
 @EVERY
-def test_there_and_back_is_bit_equal(case, published):
+def test_there_and_back_is_bit_equal(case, layout, published):
     model = read(case, published.folder).build()
     assert type(model) is case.model_class
-    back, tensors = export(model, rules_of(case)), published.tensors
+    back, tensors = export(model, rules_of(case, layout)), published.tensors
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert back[name].dtype == tensor.dtype, name
         assert torch.equal(back[name], tensor), name
 
 
-@pytest.mark.parametrize("case", cases_for(10, lambda case: not has_resnet(case.config())), ids=str)
-def test_the_converted_model_computes_what_the_publisher_s_does(case, published):
-    """Of the models that transformers has; tests/peers compares with open_clip's."""
+@TRANSFORMERS
+def test_the_converted_model_computes_what_the_publisher_s_does(case, layout, published):
+    """Of transformers' layout; tests/peers compares with open_clip's."""
     model, batch = read(case, published.folder).build(), case.batch(3)
     batch.pop("labels", None)
     with torch.no_grad():
@@ -132,7 +149,7 @@ def test_the_converted_model_computes_what_the_publisher_s_does(case, published)
 
 
 @EVERY
-def test_config_says_what_the_case_does(case, published):
+def test_config_says_what_the_case_does(case, layout, published):
     """Sizes, activation and norms come from what was published, not from the case."""
     not_published = {"architectures", "dtype", "transformers_version", "_name_or_path", "id2label", "label2id"}
     not_published |= {"pos_embed_interpolation", "initializer_factor", "pad_token_id", "bos_token_id"}
@@ -147,11 +164,15 @@ def test_config_says_what_the_case_does(case, published):
                     list(wanted) if isinstance(wanted, (list, tuple)) else wanted
                 ), field
 
-    assert_says(read(case, published.folder).empty.config.to_dict(), case.config().to_dict())
+    expected = case.config()
+    if layout == "open_clip":  # which declares the joint space's width once
+        for tower in (expected.vision_config, expected.text_config):
+            tower.projection_dim = expected.projection_dim
+    assert_says(read(case, published.folder).empty.config.to_dict(), expected.to_dict())
 
 
 @EVERY
-def test_the_written_folder_opens_and_says_where_it_came_from(case, published, tmp_path):
+def test_the_written_folder_opens_and_says_where_it_came_from(case, layout, published, tmp_path):
     conversion, out = read(case, published.folder), tmp_path / "out"
     conversion.save(out, processor=case.preparer, progress=False)
     model, loading = case.auto_class.from_pretrained(out, output_loading_info=True)
@@ -177,7 +198,7 @@ def changed(published: Published, change) -> Path:
 
 
 @EVERY
-def test_every_missing_key_is_named(case, published):
+def test_every_missing_key_is_named(case, layout, published):
     """Each kind of key alone: there is none that the model could do without."""
     conversion = read(case, published.folder)
     wanted, names = stored_tensors(conversion.empty), set(published.tensors)
@@ -187,26 +208,26 @@ def test_every_missing_key_is_named(case, published):
     kinds = {re.sub(r"\d+", "#", name): name for name in names}
     for name in kinds.values():
         with pytest.raises(ConversionError) as refusal:
-            plan(rules_of(case), names - {name}, wanted)
+            plan(rules_of(case, layout), names - {name}, wanted)
         assert any(target in str(refusal.value) for target in (name, *becomes[name]))
 
 
 @EVERY
-def test_a_missing_key_is_refused_when_a_folder_is_read(case, published):
+def test_a_missing_key_is_refused_when_a_folder_is_read(case, layout, published):
     name = list(published.tensors)[-1]
     with pytest.raises(ConversionError):
         read(case, changed(published, lambda tensors: tensors.pop(name)))
 
 
 @EVERY
-def test_a_key_too_many_is_named(case, published):
+def test_a_key_too_many_is_named(case, layout, published):
     folder = changed(published, lambda tensors: tensors.update({"visual.of_another.model": torch.zeros(3)}))
     with pytest.raises((ConversionError, ValueError), match=r"visual\.of_another\.model"):
         read(case, folder)
 
 
 @EVERY
-def test_a_tensor_of_another_shape_is_named(case, published):
+def test_a_tensor_of_another_shape_is_named(case, layout, published):
     name = next(name for name, tensor in published.tensors.items() if tensor.ndim == 1 and "bias" in name)
 
     def lengthen(tensors):
@@ -217,7 +238,7 @@ def test_a_tensor_of_another_shape_is_named(case, published):
 
 
 @EVERY
-def test_a_file_cut_short_leaves_nothing_behind(case, published, tmp_path):
+def test_a_file_cut_short_leaves_nothing_behind(case, layout, published, tmp_path):
     whole = published.weights.read_bytes()
     published.weights.write_bytes(whole[: len(whole) // 2])
     before = sorted(path.name for path in tmp_path.iterdir())

@@ -31,10 +31,11 @@ def test_a_wrong_call_is_refused_in_one_sentence(case, bad):
     ("wrong", "message"),
     [
         ({"hidden_size": 50, "num_attention_heads": 4}, r"hidden_size \(50\).*num_attention_heads \(4\)"),
+        ({"num_attention_heads": -1}, "num_attention_heads.*-1"),
         ({"hidden_act": "gleu"}, "hidden_act.*gleu"),
         ({"hidden_size": "48"}, "hidden_size"),
     ],
-    ids=["heads do not divide", "unknown activation", "not a number"],
+    ids=["heads do not divide", "negative heads", "unknown activation", "not a number"],
 )
 def test_a_config_no_model_can_be_built_from_is_refused(case, wrong, message):
     for config in tower_configs(case.config()):

@@ -263,13 +263,12 @@ def test_a_foreign_global_is_refused_by_name_and_not_called(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "content",
     [
-        b"(S'touch executed'\nios\nsystem\n.",  # INST
         b"cos\nsystem\nS'touch executed'\n\x85R.",  # GLOBAL
         b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0etouch executed\x85R.",  # STACK_GLOBAL
         b"(cos\nsystem\nS'touch executed'\no.",  # OBJ
     ],
 )
-def test_every_opcode_that_names_a_global_is_covered(tmp_path, monkeypatch, content):
+def test_every_instruction_that_names_a_global_is_covered(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConversionError, match=r"asks for os\.system"):
         read_archive(archive_of(tmp_path / "net.pt", content))
@@ -332,6 +331,15 @@ REFUSED = {
     "unbalanced": (b"\x80\x02(.", "no whole TorchScript archive"),
     "out of band": (b"\x80\x05\x97.", "no whole TorchScript archive"),
     "extension": (b"\x80\x02\x82\x01.", "no whole TorchScript archive"),
+    "another way to a global": (b"(S'touch executed'\nios\nsystem\n.", "no whole TorchScript archive"),
+    "nothing repeated": (
+        pickled(Root({"w": strided(size=(1 << 36, 1 << 10), stride=(0, 0))})),
+        "would become tensors of 281474976710656 bytes",
+    ),
+    "a message as long as the file": (
+        pickled(Root({"w": strided(size=tuple(range(5000)), stride=(1,) * 4000)})),
+        "a tensor has offset 0, size .{80} and stride .{80}\\.$",
+    ),
 }
 
 
@@ -344,15 +352,39 @@ def test_archives_that_make_no_sense_are_refused_in_one_sentence(tmp_path, name)
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_the_pickle_does_not_choose_how_much_memory_is_allocated(tmp_path):
-    """Its memo index of 2^26 would make a list of as many pointers."""
-    path = archive_of(tmp_path / "net.pt", b"\x80\x02}r\x00\x00\x00\x04.")
+COUNTS = b"](" + b"N" * 20_000 + b"eq\x00"
+PAIRS = b"}(" + b"".join(b"M" + struct.pack("<H", i) + b"N" for i in range(5_000)) + b"uq\x00"
+GREEDY = {
+    "a memo index of 2^26, for as many pointers": (b"\x80\x02}r\x00\x00\x00\x04.", "it holds a dict"),
+    "bytes of a length of 2^28": (b"\x80\x05\x96" + struct.pack("<Q", 1 << 28) + b".", "no whole TorchScript archive"),
+    "a list copied a thousand times": (
+        b"\x80\x02ctorch.jit._pickle\nbuild_intlist\nq\x01" + COUNTS + b"h\x01h\x00\x85R" * 1_000 + b".",
+        "it holds a list",
+    ),
+    "a dict copied a thousand times": (
+        b"\x80\x02ccollections\nOrderedDict\nq\x01" + PAIRS + b"h\x01h\x00\x85R" * 1_000 + b".",
+        "no whole TorchScript archive",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_the_pickle_does_not_choose_how_much_memory_is_allocated(tmp_path, name):
+    content, message = GREEDY[name]
+    path = archive_of(tmp_path / "net.pt", content)
     tracemalloc.start()
-    with pytest.raises(ConversionError, match="it holds a dict"):
+    with pytest.raises(ConversionError, match=message):
         read_archive(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 22
+
+
+def test_a_pickle_longer_than_any_tree_of_modules_is_not_unpacked(tmp_path, monkeypatch):
+    path = archive_of(tmp_path / "net.pt", b"\x80\x02" + b"]" * (1 << 24) + b".")
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("the pickle was unpacked"))
+    with pytest.raises(ConversionError, match="its pickle has 16777219 bytes, which no tree of modules needs"):
+        read_archive(path)
 
 
 @pytest.mark.parametrize("member", ["../outside", "net/../../outside", "/outside", "net\\outside", "C:outside"])

@@ -1,6 +1,7 @@
 """Opening checkpoints: what is read from files and folders, and what is refused before it is used."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import time
 import zipfile
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hub import server
@@ -55,12 +57,22 @@ class Scripted(nn.Module):
         return 0
 
 
+def arrays(tensors, path):
+    """As JAX saves them: bfloat16 is two bytes of no type to NumPy."""
+    plain = {
+        name: t.view(torch.int16).numpy().view("V2") if t.dtype == torch.bfloat16 else t.numpy()
+        for name, t in tensors.items()
+    }
+    np.savez(path, **plain)
+
+
 WRITERS = {
     "weights.safetensors": save_file,
     "safetensors without a suffix": save_file,
     "zip.pt": torch.save,
     "legacy.pth": legacy,
     "pytorch_model.bin": torch.save,
+    "arrays.npz": arrays,
 }
 
 
@@ -115,12 +127,22 @@ class Executes:
         return os.mkdir, ("executed",)
 
 
+def itself():
+    content = {"a": torch.ones(1)}
+    content["state_dict"] = content
+    return content
+
+
 FLAT = {
     "a number": ({"a": torch.ones(1), "epoch": 3}, "what is no tensor: epoch"),
     "inside a wrapper": ({"state_dict": {"a": torch.ones(1), "lr": 0.1}}, "what is no tensor: lr"),
     "a list": ([torch.ones(1)], "holds a list"),
     "a tensor": (torch.ones(1), "holds a Tensor"),
     "nothing": ({}, "holds no tensors"),
+    "numbers for names": ({0: torch.ones(1), 1: torch.ones(1)}, "calls its tensors 0, 1, where names"),
+    "one that wraps itself": (itself(), "what is no tensor: state_dict"),
+    "nothing repeated": ({"a": torch.ones(1).expand(1 << 36, 4)}, "would become tensors of 1099511627776 bytes"),
+    "a name as long as the file": ({"a" * (1 << 20): 1}, "what is no tensor: a{300}[.]$"),
     "code": ({"a": Executes()}, "asks for (posix|nt).mkdir, which is no tensor"),
     "a model": (nn.Linear(1, 1), "asks for torch.nn.modules.linear.Linear, which is no tensor"),
 }
@@ -144,7 +166,9 @@ def test_truncated_files_are_refused(tmp_path, tensors, name, kept):
     path = tmp_path / name
     WRITERS[name](tensors | {"more": torch.randn(50, 50)}, path)
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
-    with pytest.raises(ConversionError, match=f"{name} (is cut short|holds something else|asks for)") as caught:
+    with pytest.raises(
+        ConversionError, match=f"{name} (is cut short|is no whole file|holds something else|asks for)"
+    ) as caught:
         open_checkpoint(path)
     assert str(caught.value).count("\n") == 0 and str(tmp_path) not in str(caught.value)
 
@@ -164,6 +188,7 @@ def test_the_hash_is_compared_before_anything_is_parsed(tmp_path, monkeypatch, t
     WRITERS[name](tensors, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert_holds(open_checkpoint(path, sha256=digest), tensors)
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *_, **__: pytest.fail("the file was parsed"))
     for reader in ("safe_open", "is_archive", "read_archive"):
         monkeypatch.setattr(module, reader, lambda *_, **__: pytest.fail("the file was parsed"))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("the file was parsed"))
@@ -189,6 +214,182 @@ def test_a_pickle_that_was_compressed_is_refused(tmp_path, tensors):
             packed.writestr(member.filename, stored.read(member))
     with pytest.raises(ConversionError, match="model.pt was zipped again with compression"):
         open_checkpoint(tmp_path / "model.pt")
+
+
+PICKLES = {
+    "an empty stack": b"\x80\x02.",
+    "a tuple of nothing": b"\x80\x02\x85.",
+    "a list as a name": b"\x80\x02}]K\x01s.",
+    "no such memo": b"\x80\x02h\x05.",
+    "a length beyond the end": b"\x80\x02X\xff\xff\xff\x7fab.",
+    "a state for a list": b"\x80\x02]K\x01K\x02b.",
+    "half a number": b"\x80\x02J\x00.",
+    "a call of nothing": b"\x80\x02R.",
+    "no protocol": b"\x80",
+}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_damaged_pickle_is_refused_in_one_sentence(tmp_path, name):
+    path = tmp_path / "model.pt"
+    path.write_bytes(PICKLES[name])
+    with pytest.raises(ConversionError, match="^model.pt (is cut short|holds something else)") as caught:
+        open_checkpoint(path)
+    assert str(caught.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_lacks_its_middle_is_refused_in_one_sentence(tmp_path, tensors, name):
+    path = tmp_path / name
+    WRITERS[name](tensors | {"more": torch.randn(50, 50)}, path)
+    content, middle = path.read_bytes(), path.stat().st_size // 2
+    path.write_bytes(content[: middle - 100] + content[middle + 100 :])
+    with pytest.raises(ConversionError, match=f"^{name} ") as caught:
+        dict(open_checkpoint(path).tensors)
+    assert str(caught.value).count("\n") == 0 and str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["zip.pt", "arrays.npz"])
+def test_a_system_that_cannot_read_is_no_fault_of_the_file(tmp_path, monkeypatch, tensors, name):
+    WRITERS[name](tensors, tmp_path / name)
+
+    def broken(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(zipfile, "ZipFile", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        open_checkpoint(tmp_path / name)
+
+
+def test_wrappers_in_wrappers_are_unwrapped_as_deep_as_they_are():
+    content = {"a": torch.ones(1)}
+    for _ in range(3_000):
+        content = {"model": content}
+    assert module._unwrapped(content, "model.pt") == {"a": torch.ones(1)}
+
+
+def test_a_tensor_may_repeat_its_numbers(tmp_path):
+    """Within reason, as a buffer of positions that was expanded over the batch."""
+    tensor = torch.arange(1000.0).expand(30, 1000)
+    torch.save({"a": tensor}, tmp_path / "model.pt")
+    assert_holds(open_checkpoint(tmp_path / "model.pt"), {"a": tensor})
+
+
+# Files of NumPy
+
+
+ARRAYS = {
+    "Transformer/encoder_norm/bias": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "turned": np.asfortranarray(np.arange(6, dtype=np.float16).reshape(2, 3)),
+    "params/img/b.c": np.arange(3),
+    "step": np.int32(5),
+    "mask": np.array([True, False]),
+    "none": np.zeros((0, 4), np.float64),
+}
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_file_of_numpy(tmp_path, save):
+    path = tmp_path / "ViT-B_16.npz"
+    save(path, **ARRAYS)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    checkpoint = open_checkpoint(path, sha256=digest)
+    assert_holds(checkpoint, {name: torch.from_numpy(np.array(array)) for name, array in ARRAYS.items()})
+    assert checkpoint.origins == (Origin(path.name, None, digest),) and checkpoint.folder is None
+    assert set(checkpoint.select("params/img/").tensors) == {"b.c"}
+
+
+def test_arrays_are_read_one_at_a_time(tmp_path, monkeypatch):
+    np.savez(tmp_path / "m.npz", **ARRAYS)
+    opened = []
+    original = zipfile.ZipFile.open
+    monkeypatch.setattr(
+        zipfile.ZipFile,
+        "open",
+        lambda self, name, *rest, **more: opened.append(name) or original(self, name, *rest, **more),
+    )
+    checkpoint = open_checkpoint(tmp_path / "m.npz")
+    assert list(checkpoint.tensors) == list(ARRAYS) and opened == []
+    checkpoint.tensors["step"]
+    assert opened == ["step.npy"]
+
+
+def npy(array) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def header(shape, dtype="<f4") -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+STRANGE = {
+    "objects": npy(np.array([Executes()], dtype=object)),
+    "words": npy(np.array(["a"])),
+    "records": npy(np.zeros(2, [("a", "f4"), ("b", "f4")])),
+    "numbers of another machine": npy(np.zeros(2, ">f4")),
+    "more numbers than any memory": header((1 << 45,)),
+    "more numbers than the file": header((100,)) + bytes(40),
+    "more of no type": header((100,), "|V2") + bytes(40),
+    "a negative shape": header((-4,)) + bytes(40),
+    "no array": b"neither",
+    "no header": b"",
+    "a header that does not end": b"\x93NUMPY\x01\x00\x10\x00{'descr':((((((((",
+    "a header that nests": b"\x93NUMPY\x01\x00\x10\x27" + b"(" * 10_000,
+    "a header that calls": b"\x93NUMPY\x01\x00\x17\x00__import__('antigravity')",
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_what_is_no_array_of_plain_numbers_is_refused_in_one_sentence(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("m.npz", "w") as file:
+        file.writestr("a/b.npy", STRANGE[name])
+    with pytest.raises(
+        ConversionError, match=r"^m.npz is no whole .npz file with plain numbers in a/b \(.*\): copy"
+    ) as caught:
+        open_checkpoint(tmp_path / "m.npz").tensors["a/b"]
+    assert str(caught.value).count("\n") == 0 and str(tmp_path) not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.npz"]
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_file_of_numpy_is_refused_in_one_sentence(tmp_path, save):
+    path = tmp_path / "m.npz"
+    save(path, a=np.random.default_rng(0).random(4000).astype(np.float32))
+    content = path.read_bytes()
+    middle = len(content) // 2
+    for damaged in (
+        content[:middle],
+        content[:middle] + b"\xff" * 20 + content[middle + 20 :],
+        content[:middle] + content[middle + 20 :],
+        content[:-10],
+        b"",
+        b"PK",
+        pickle.dumps(os.mkdir),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ConversionError, match="^m.npz is no whole .npz file") as caught:
+            open_checkpoint(path).tensors["a"]
+        assert str(caught.value).count("\n") == 0 and str(tmp_path) not in str(caught.value)
+
+
+def test_a_zip_bomb_of_arrays_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "m.npz", a=np.zeros(1 << 22, np.float32))
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_, **__: pytest.fail("the bomb was unpacked"))
+    with pytest.raises(ConversionError, match=r"^m.npz is refused: its \d+ bytes would unpack to 16777344"):
+        open_checkpoint(tmp_path / "m.npz")
+
+
+def test_a_file_of_numpy_with_anything_else_is_refused(tmp_path):
+    np.savez(tmp_path / "m.npz", a=np.ones(1))
+    with zipfile.ZipFile(tmp_path / "m.npz", "a") as file:
+        file.writestr("readme.txt", "hello")
+    with pytest.raises(ConversionError, match="m.npz holds what is no array: readme.txt"):
+        open_checkpoint(tmp_path / "m.npz")
 
 
 # Folders
@@ -221,10 +422,10 @@ def test_shards_are_one_checkpoint(tmp_path, tensors, suffix):
 def test_the_best_published_file_of_a_folder_is_read(tmp_path):
     """In a folder with everything, files are taken away one by one."""
     order = [
-        "model.safetensors",
-        "model.safetensors.index.json",
         "open_clip_model.safetensors",
         "open_clip_pytorch_model.bin",
+        "model.safetensors",
+        "model.safetensors.index.json",
         "pytorch_model.bin",
         "pytorch_model.bin.index.json",
     ]
@@ -235,7 +436,7 @@ def test_the_best_published_file_of_a_folder_is_read(tmp_path):
             write = save_file if file.endswith(".safetensors") else torch.save
             write({file: torch.ones(1)}, tmp_path / file)
     torch.save({"step": 1}, tmp_path / "training_args.bin")
-    expected = dict.fromkeys(order) | {order[1]: "shard.a", order[5]: "bin.a"}
+    expected = dict.fromkeys(order) | {order[3]: "shard.a", order[5]: "bin.a"}
     for file in order:
         assert (expected[file] or file) in open_checkpoint(tmp_path).tensors
         (tmp_path / file).unlink()
@@ -246,6 +447,13 @@ def test_one_file_of_another_name_is_read(tmp_path, tensors):
     assert_holds(open_checkpoint(tmp_path), {"other": torch.ones(1)})
     save_file(tensors, tmp_path / "weights.safetensors")
     assert_holds(open_checkpoint(tmp_path), tensors)
+
+
+def test_arrays_are_read_where_nothing_else_is(tmp_path):
+    np.savez(tmp_path / "ViT-B_16.npz", a=np.ones(2, np.float32))
+    assert_holds(open_checkpoint(tmp_path), {"a": torch.ones(2)})
+    torch.save({"b": torch.ones(1)}, tmp_path / "b.bin")
+    assert_holds(open_checkpoint(tmp_path), {"b": torch.ones(1)})
 
 
 def test_several_files_of_other_names_are_refused(tmp_path, tensors):
@@ -287,7 +495,7 @@ def test_missing_and_doubled_shards_are_refused(tmp_path, tensors):
     with pytest.raises(ConversionError, match="hold a.bias, a.weight"):
         open_checkpoint(tmp_path)
     second.write_bytes(content)
-    for broken in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'):
+    for broken in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "[" * 200_000):
         index.write_text(broken)
         with pytest.raises(ConversionError, match=f"{index.name} is no index of shards"):
             open_checkpoint(tmp_path)
@@ -307,6 +515,9 @@ def test_json_files_beside_the_weights(tmp_path, tensors, monkeypatch):
     assert set(open_checkpoint(tmp_path).configs) == {"open_clip_config.json"}
     (tmp_path / "config.json").write_text('{"half": ')
     with pytest.raises(ConversionError, match="config.json is not JSON"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(ConversionError, match="config.json is not JSON .maximum recursion depth"):
         open_checkpoint(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForC
 
 import hf_mm
 from hf_mm.conversion.checkpoint import Checkpoint, Origin, merge, open_checkpoint
-from hf_mm.conversion.engine import convert, export, stored_tensors, write_safetensors
+from hf_mm.conversion.engine import check_target, convert, export, stored_tensors, write_safetensors
 from hf_mm.conversion.rules import ConversionError, drop, rename, split
 from hf_mm.models.vit.configuration_vit import MMViTConfig
 from hf_mm.models.vit.modeling_vit import MMViTForImageClassification, MMViTModel
@@ -392,11 +393,78 @@ def test_whatever_fails_leaves_nothing_behind(tmp_path, error, where):
     published = published_tensors(ToyConfig())
     conversion = a_conversion(Vanishing(published, error) if where == "weights" else published)
     processor = Processor(error if where == "processor" else None)
-    with pytest.raises(type(error)) as caught:
+    with pytest.raises(BaseException) as caught:
         conversion.save(tmp_path / "new" / "model", processor=processor, progress=False)
-    if isinstance(error, OSError):
-        assert "model could not be written" in str(caught.value) and "disk is full" in str(caught.value)
+    if not isinstance(error, OSError):
+        assert caught.value is error
+    elif where == "processor":
+        assert caught.type is OSError
+        assert str(caught.value).endswith(
+            "could not be written to {} ({}); nothing is left of it.".format(tmp_path / "new" / "model", error)
+        )
+    else:
+        assert caught.type is ConversionError
+        assert str(caught.value) == "second.pt, someone/toy could not be read any more (the disk is full)."
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_that_cannot_be_read_while_building_is_named():
+    conversion = a_conversion(Vanishing(published_tensors(ToyConfig()), OSError(5, "Input/output error", "/a/b.pt")))
+    with pytest.raises(
+        ConversionError, match=r"^second.pt, someone/toy could not be read any more \(Input/output err"
+    ):
+        conversion.build()
+
+
+@pytest.mark.parametrize("there", [".", "old", "old/new", "old/new/model"])
+def test_a_folder_that_cannot_get_its_name_takes_its_new_parents_with_it(tmp_path, monkeypatch, there):
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    before = {path for path in tmp_path.rglob("*") if path.name != "model"}
+
+    def refuse(source, target):
+        assert Path(target).parent.is_dir() and (Path(source) / "config.json").is_file()
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="could not be written to .*the disk is full"):
+        a_conversion(published_tensors(ToyConfig())).save(tmp_path / "old" / "new" / "model", progress=False)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_new_parent_that_another_uses_by_now_is_kept(tmp_path, monkeypatch):
+    def refuse(source, target):
+        (Path(target).parent / "other.txt").write_text("another's")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="the disk is full"):
+        a_conversion(published_tensors(ToyConfig())).save(tmp_path / "new" / "model", progress=False)
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "other.txt"]
+
+
+def test_a_target_is_checked_without_a_trace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    before = set(tmp_path.rglob("*"))
+    for good in ("new", "new/deeper/model", "empty", "empty/model", "full/model", tmp_path / "new"):
+        check_target(good)
+    for bad in ("full", "full/file", tmp_path / "full"):
+        with pytest.raises(FileExistsError, match=f"^{bad} exists and is not an empty folder: choose another.$"):
+            check_target(bad)
+    for bad in ("full/file/model", "full/file/deeper/model"):
+        with pytest.raises(NotADirectoryError, match=f"^{bad} would lie below file, which is a file: choose another"):
+            check_target(bad)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_below_a_file_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    conversion = a_conversion(published_tensors(ToyConfig()))
+    with pytest.raises(NotADirectoryError, match="would lie below file"):
+        conversion.save(tmp_path / "file" / "model", processor=Processor(AssertionError("work was done")))
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]
 
 
 def test_progress_counts_the_bytes(tmp_path, capsys):

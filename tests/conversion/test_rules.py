@@ -8,6 +8,7 @@ from hf_mm.conversion.rules import (
     ConversionError,
     Rule,
     drop,
+    first_line,
     inverse,
     listed,
     plan,
@@ -95,14 +96,6 @@ def test_the_inverse_of_a_table_undoes_it():
         assert torch.equal(tensor, source[name]) and tensor.shape == source[name].shape
 
 
-def test_only_floating_tensors_are_cast():
-    tensors = {"a": torch.ones(2, dtype=torch.float16), "b": torch.ones(2, dtype=torch.int64)}
-    steps = plan([rename("{n}", "{n}")], tensors)
-    cast = dict(run(steps, tensors, torch.float32))
-    assert cast["a"].dtype == torch.float32 and cast["b"].dtype == torch.int64
-    assert dict(run(steps, tensors))["a"].dtype == torch.float16
-
-
 def test_nothing_is_computed_before_it_is_asked_for():
     calls = []
 
@@ -121,3 +114,14 @@ def test_a_rule_that_gives_another_number_of_tensors_fails():
     tensors = {"a": torch.ones(2)}
     with pytest.raises(ValueError):
         dict(run(plan([split("a", ["x", "y", "z"])], tensors), tensors))
+
+
+def test_a_message_does_not_grow_with_the_names():
+    names = listed("x" * (1 << 20) + str(i) for i in range(9))
+    assert names.startswith("xxx") and names.endswith(" and 1 more") and len(names) < 3000
+
+
+def test_the_first_line_of_an_error():
+    assert first_line(ValueError("\nno such thing.\nand a trace")) == "no such thing"
+    assert first_line(KeyError()) == "KeyError"
+    assert len(first_line(ValueError("x" * (1 << 20)))) == 300

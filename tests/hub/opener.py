@@ -2,8 +2,9 @@
 
     python -I opener.py FOLDER
 
-FOLDER holds a folder for each way that hf_mm can stand: "without" (it cannot be imported), "beside" (it can but is not) and
-"with" (it is imported first). Remote code is trusted in the first two. Each is a process of its own; in "beside" each job is.
+FOLDER holds a folder for each way that hf_mm can stand: "without" (it cannot be imported), "bare" (ftfy cannot either),
+"beside" (it can but is not) and "with" (it is imported first). Remote code is trusted in the first three. Each is a process
+of its own; in "beside" each job is.
 In these lie the jobs, each a folder with ``job.pt``:
 
     source: folder or id of the model
@@ -16,6 +17,7 @@ In these lie the jobs, each a folder with ``job.pt``:
 """
 
 import json
+import logging
 import os
 import sys
 import traceback
@@ -67,11 +69,25 @@ def asked(task: str, source: str, job: dict, trust: dict) -> list:
     return pipe(inputs["text"])
 
 
+class Warnings(logging.Handler):
+    """What transformers' loggers and those below them say."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages = []
+        transformers.utils.logging.get_logger("transformers").addHandler(self)
+        logging.getLogger().addHandler(self)
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
 def do(folder: Path, **trust) -> None:
     """One job, and its answer beside it."""
     job = torch.load(folder / "job.pt")
+    warnings = Warnings()
     try:
-        answer = answers(job["source"], job, **trust)
+        answer = answers(job["source"], job, **trust) | {"warnings": warnings.messages}
         if job["save"]:
             for auto_class in (job["models"][-1], *job["prepare"]):
                 opened = getattr(transformers, auto_class).from_pretrained(job["source"], **trust)
@@ -83,10 +99,13 @@ def do(folder: Path, **trust) -> None:
 
 
 class NoImport:
-    """Finds no hf_mm, as if it was not installed."""
+    """Finds none of some packages, as if they were not installed."""
+
+    def __init__(self, *packages):
+        self.packages = packages
 
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_mm":
+        if name.split(".")[0] in self.packages:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
@@ -101,17 +120,24 @@ def do_with(jobs: list[Path]) -> None:
         do(job)
 
 
-def do_without(jobs: list[Path]) -> None:
-    sys.meta_path.insert(0, NoImport())
+def do_without(jobs: list[Path], *more_packages: str) -> None:
+    sys.meta_path.insert(0, NoImport("hf_mm", *more_packages))
     for job in jobs:
         do(job, trust_remote_code=True)
     assert not is_imported()
+
+
+def do_bare(jobs: list[Path]) -> None:
+    do_without(jobs, "ftfy")
 
 
 def do_beside(jobs: list[Path]) -> None:
     for job in jobs:
         in_another_process(do, job, trust_remote_code=True)
     assert not is_imported()
+
+
+RUNS = {"without": do_without, "bare": do_bare, "beside": do_beside, "with": do_with}
 
 
 def in_another_process(function, *arguments, **options) -> None:
@@ -130,6 +156,6 @@ def in_another_process(function, *arguments, **options) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name, run in (("without", do_without), ("beside", do_beside), ("with", do_with)):
+    for name, run in RUNS.items():
         if jobs := sorted(path.parent for path in Path(sys.argv[1]).glob(f"{name}/*/job.pt")):
             in_another_process(run, jobs)

@@ -11,9 +11,16 @@ import numpy as np
 import torch
 
 from hf_mm import MODELS
+from hf_mm.hub.standalone import standalone_changes
 
 OPENER = Path(__file__).parent / "opener.py"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+
+
+def write_standalone(folder: Path, shim: bool = False) -> None:
+    """Makes a saved folder one that opens without hf_mm, as a push does in its commit."""
+    for name, text in standalone_changes(folder, shim).items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def job_of(case, source: str | Path, save: bool = False) -> dict:

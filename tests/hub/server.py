@@ -5,12 +5,13 @@
 
 It answers the requests that huggingface_hub and transformers send: repositories are made and deleted, commits are taken
 whole or not at all and must follow the head that they name, large files go by LFS, refs are branches, pull requests and
-commits.
+commits. Cards are refused whose metadata the Hub's own rules refuse: of licences, ids, and types of data sets in results.
 """
 
 from __future__ import annotations
 
 import base64
+import fnmatch
 import hashlib
 import json
 import re
@@ -23,9 +24,24 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from huggingface_hub import ModelCard
+
 TOKEN = "hub-token"
 NAME = r"(?P<name>[^/]+/[^/]+)"
 LARGE = (".safetensors",)
+LARGE_SIZE = 10_000_000  # bytes, from which a file of any name goes by LFS
+REPO_ID = re.compile(r"(?:[A-Za-z0-9_-]+/)?[A-Za-z0-9_.-]+")
+# Ids of the Hub's list of licences, https://huggingface.co/docs/hub/repositories-licenses.
+LICENSES = """
+apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma unknown other
+"""
 
 
 @dataclass(frozen=True)
@@ -89,8 +105,23 @@ def git_hash(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def is_large(name: str) -> bool:
-    return name.endswith(LARGE)
+def is_large(name: str, size: int) -> bool:
+    return name.endswith(LARGE) or size > LARGE_SIZE
+
+
+def faults_of_card(text: str) -> list[str]:
+    """What the Hub refuses in a card's metadata."""
+    data = ModelCard(text).data.to_dict()
+    base_models = data.get("base_model") or []
+    ids = [*([base_models] if isinstance(base_models, str) else base_models), *(data.get("datasets") or [])]
+    faults = [f'"{name}" is no id of the Hub' for name in ids if not REPO_ID.fullmatch(name)]
+    if data.get("license", "other") not in LICENSES.split():
+        faults.append('"license" must be one of [' + ", ".join(LICENSES.split()) + "]")
+    for model in data.get("model-index") or []:
+        for place, result in enumerate(model["results"]):
+            if not REPO_ID.fullmatch(result["dataset"]["type"]):
+                faults.append(f'"model-index[0].results[{place}].dataset.type" fails to match the required pattern')
+    return faults
 
 
 class HubServer:
@@ -98,7 +129,8 @@ class HubServer:
 
     Attributes:
         token: the one that may write.
-        before: called with the method and path of each request, before it is handled.
+        before: called with the method and path of each request, before it is handled; what it raises as `Refused` is
+            answered.
     """
 
     def __init__(self):
@@ -187,10 +219,11 @@ class RequestHandler(BaseHTTPRequestHandler):
         try:
             if kind == "before":
                 raise Cut
-            hub.before(self.command, self.path)
+            refusal = self.refusal()
             body = self.read_body(half=kind == "middle")
             with hub.lock:
-                status, headers, content = (500, {}, b"broken") if kind == "500" else self.answer(body)
+                answered = self.refused(refusal) if refusal else self.answer(body) if kind != "500" else None
+            status, headers, content = answered or (500, {}, b"broken")
             if kind == "after":
                 raise Cut
             self.send(status, headers, content, half=kind == "middle")
@@ -199,6 +232,18 @@ class RequestHandler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_any
+
+    def refusal(self) -> Refused | None:
+        try:
+            self.server_hub.before(self.command, self.path)
+        except Refused as refusal:
+            return refusal
+
+    @staticmethod
+    def refused(refusal: Refused) -> tuple[int, dict[str, str], bytes]:
+        headers = {"Content-Type": "application/json", "X-Error-Message": refusal.message}
+        headers |= {"X-Error-Code": refusal.code} if refusal.code else {}
+        return refusal.status, headers, json.dumps({"error": refusal.message}).encode()
 
     def read_body(self, half: bool) -> bytes:
         """The body of the request; of a `half` one, what came before the cut."""
@@ -243,9 +288,7 @@ class RequestHandler(BaseHTTPRequestHandler):
                     return 200, {"Content-Type": "application/json"}, json.dumps(answered).encode()
             raise Refused(404, f"no such route: {self.command} {url.path}")
         except Refused as refusal:
-            headers = {"Content-Type": "application/json", "X-Error-Message": refusal.message}
-            headers |= {"X-Error-Code": refusal.code} if refusal.code else {}
-            return refusal.status, headers, json.dumps({"error": refusal.message}).encode()
+            return self.refused(refusal)
 
     def check_token(self) -> None:
         """Refuses whoever may not write."""
@@ -304,22 +347,24 @@ class RequestHandler(BaseHTTPRequestHandler):
     @staticmethod
     def entry(path: str, data: bytes) -> dict:
         entry = {"type": "file", "path": path, "size": len(data), "oid": git_hash(data)}
-        if is_large(path):
+        if is_large(path, len(data)):
             entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
         return entry
 
     def preupload(self, body: bytes, query: dict, name: str, revision: str) -> dict:
         self.check_token()
         files = self.commit_at(name, revision).files
+        patterns = files.get(".gitignore", b"").decode().split()
 
-        def plan(path: str) -> dict:
-            mode = "lfs" if is_large(path) else "regular"
+        def plan(path: str, size: int) -> dict:
+            mode = "lfs" if is_large(path, size) else "regular"
+            is_ignored = any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
             oid = None
             if path in files:
                 oid = hashlib.sha256(files[path]).hexdigest() if mode == "lfs" else git_hash(files[path])
-            return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+            return {"path": path, "uploadMode": mode, "shouldIgnore": is_ignored, "oid": oid}
 
-        return {"files": [plan(file["path"]) for file in json.loads(body)["files"]]}
+        return {"files": [plan(file["path"], file["size"]) for file in json.loads(body)["files"]]}
 
     def lfs_batch(self, body: bytes, query: dict, name: str) -> dict:
         self.check_token()
@@ -376,8 +421,10 @@ class RequestHandler(BaseHTTPRequestHandler):
             "pullRequestUrl": f"{url}/discussions/{number}",
         }
 
-    def validate_yaml(self, body: bytes, query: dict) -> dict:
-        return {"warnings": [], "errors": []}
+    def validate_yaml(self, body: bytes, query: dict) -> tuple:
+        errors = [{"message": fault} for fault in faults_of_card(json.loads(body)["content"])]
+        answer = {"warnings": [], "errors": errors}
+        return 400 if errors else 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
 
     def resolve(self, body: bytes, query: dict, name: str, revision: str, path: str) -> tuple:
         commit = self.commit_at(name, revision)
@@ -389,9 +436,10 @@ class RequestHandler(BaseHTTPRequestHandler):
             }
             return 404, headers, b""
         data = commit.files[path]
-        tag = hashlib.sha256(data).hexdigest() if is_large(path) else git_hash(data)
+        large = is_large(path, len(data))
+        tag = hashlib.sha256(data).hexdigest() if large else git_hash(data)
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{tag}"', "Accept-Ranges": "bytes"}
-        headers |= {"X-Linked-Etag": f'"{tag}"', "X-Linked-Size": str(len(data))} if is_large(path) else {}
+        headers |= {"X-Linked-Etag": f'"{tag}"', "X-Linked-Size": str(len(data))} if large else {}
         return 200, headers, data
 
 

@@ -2,12 +2,14 @@ import json
 
 import pytest
 from contract.cases import CASES
+from hub.server import faults_of_card
 from huggingface_hub import ModelCard
 from transformers import BertConfig, BertModel
 
-from hf_mm.hub.converted_card import converted_card
+from hf_mm.hub.converted_card import converted_card, finetuned_card
 from hf_mm.hub.folder_card import write_card
 from hf_mm.hub.model_card import build_model_card
+from hf_mm.hub.standalone import INSTALL
 
 HASH = "0123456789abcdef" * 4
 EVERY = pytest.mark.parametrize("case", CASES, ids=str)
@@ -47,7 +49,8 @@ def test_the_parameters_are_counted(case):
 def test_no_cell_is_left_unfilled(case):
     text = card_of(case).text
     assert "{{" not in text and "{%" not in text and "None" not in text
-    assert '"mine"' in text
+    assert '"mine"' in text and INSTALL in text
+    assert ("pip install ftfy" in text) == ("text" in case.inputs)
 
 
 def test_origins_are_listed_with_what_is_known():
@@ -84,6 +87,43 @@ def test_origins_and_a_known_class_are_needed():
         converted_card(BertModel, BertConfig(), [{"name": "x"}], "mit", "mine")
 
 
+class TestFineTuned:
+    def card(self, case, license="mit", **given):
+        return finetuned_card(case.model_class, case.config(), license, "mine", **given)
+
+    @EVERY
+    def test_what_the_config_tells_and_no_blank(self, case):
+        card = self.card(case)
+        assert card.data.pipeline_tag == case.tasks[0] and card.data.license == "mit"
+        assert f"\n{case.build().num_parameters():,} parameters, stored as float32." in card.text
+        assert "{{" not in card.text and "{%" not in card.text and "None" not in card.text
+        assert 'model="mine"' in card.text and INSTALL in card.text
+        assert ("pip install ftfy" in card.text) == ("text" in case.inputs)
+        assert card.data.base_model is None and card.data.datasets is None
+        assert [row[1] for row in table(card, "Training")] == ["unknown", "unknown"]
+        assert "not recorded" in card.text and "scratch" not in card.text
+        assert not faults_of_card(str(card))
+
+    @pytest.mark.parametrize(
+        ("given", "base_model", "datasets", "shown"),
+        [
+            ({"base_model": "RN50"}, None, None, ["`RN50`", "unknown"]),
+            ({"base_model": "a/clip", "dataset": "b/pics"}, "a/clip", ["b/pics"], ["`a/clip`", "`b/pics`"]),
+            ({"base_model": "/home/me/clip", "dataset": "my pictures"}, None, None, ["`clip`", "`my pictures`"]),
+        ],
+    )
+    def test_what_is_given(self, given, base_model, datasets, shown):
+        card = self.card(case_of("mm_clip"), **given)
+        assert card.data.base_model == base_model and card.data.datasets == datasets
+        assert [row[1] for row in table(card, "Training")] == shown
+        assert "/home" not in str(card)
+        assert not faults_of_card(str(card))
+
+    def test_the_licence_is_given_or_said_to_be_open(self):
+        assert "published under `mit`" in self.card(case_of("mm_clip")).text
+        assert "not settled: those of" in self.card(case_of("mm_clip"), license="other").text
+
+
 class TestFolder:
     def save(self, case, folder, **records):
         case.build().save_pretrained(folder)
@@ -111,11 +151,25 @@ class TestFolder:
         )
         assert (folder / "README.md").read_text() == str(expected)
 
+    def test_of_a_model_that_was_tuned_in_some_other_way(self, tmp_path):
+        case = case_of("mm_clip")
+        folder = self.save(case, tmp_path / "mine")
+        (folder / "README.md").write_text("[More Information Needed]")
+        write_card(folder, "mit", base_model="a/clip", dataset="b/pics")
+        expected = finetuned_card(case.model_class, case.config(), "mit", "mine", "a/clip", "b/pics")
+        assert (folder / "README.md").read_text() == str(expected)
+
+    @pytest.mark.parametrize("given", [{"base_model": "a/clip"}, {"dataset": "b/pics"}])
+    def test_what_a_record_tells_is_not_given_otherwise(self, tmp_path, given):
+        folder = self.save(case_of("mm_clip"), tmp_path, conversion={"sources": [{"name": "someone/theirs"}]})
+        with pytest.raises(ValueError, match="conversion.json tells base model and data set: leave them out"):
+            write_card(folder, **given)
+
     @pytest.mark.parametrize(
         ("records", "message"),
         [
-            ({}, "neither a finished run.*conversion"),
-            ({"recipe": {}}, "neither a finished run"),
+            ({"recipe": {}}, "a run that is not finished, of recipe.json alone"),
+            ({"results": {}}, "a run that is not finished, of results.json alone"),
             ({"conversion": {}}, "conversion.json is no record.*sources"),
             ({"conversion": {"sources": []}}, "at least one origin"),
             ({"recipe": {}, "results": {"metrics": {}}}, "results.json is no record.*training"),

@@ -5,13 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub.server import faults_of_card
 from huggingface_hub import ModelCard
 from jinja2 import UndefinedError
 from PIL import Image
 
 from hf_mm.data.emoji import load_emoji
 from hf_mm.evaluation.retrieval import evaluate_retrieval
-from hf_mm.hub.model_card import build_model_card, find_template
+from hf_mm.hub.model_card import build_model_card, find_template, shown_name
+from hf_mm.hub.standalone import INSTALL
 from hf_mm.models.clip.configuration_clip import MMClipConfig
 from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
 from hf_mm.models.clip.modeling_clip import MMClipModel
@@ -79,6 +81,7 @@ def index_of(card):
     """The model index as {(evaluation, test set): {metric: value}}, with the metrics named as in evaluation."""
     directions = {"picture to caption": "i2t", "caption to picture": "t2i"}
     index = {}
+    assert not faults_of_card(str(card))
     for result in card.data.eval_results or []:
         direction, recall = result.metric_name.rsplit(" ", 1)
         assert result.metric_type == f"recall_at_{recall.removeprefix('R@')}"
@@ -185,6 +188,56 @@ def test_what_is_on_the_hub_is_linked(clip, tmp_path, monkeypatch):
     assert "someone" not in str(card)
 
 
+@pytest.mark.parametrize(
+    ("source", "dataset_type"),
+    [
+        ("emoji", "Emoji-by-four-artists"),
+        ("/home/me/my pictures (new)", "my-pictures-new"),
+        ("/home/me/写真", "private"),
+        ("someone/pictures", "someone/pictures"),
+    ],
+)
+def test_the_type_of_the_data_set_is_one_that_the_hub_takes(clip, tmp_path, source, dataset_type):
+    """It refuses a card with another: letters, digits and ``_-.``, with one slash after an owner's name."""
+    card = card_of(clip, {"cell": retrieval_row(np.random.default_rng(0))}, tmp_path, source=source)
+    assert {result.dataset_type for result in card.data.eval_results} == {dataset_type}
+    assert not faults_of_card(str(card))
+
+
+def test_the_card_in_the_repository_is_one_that_the_hub_takes():
+    card = (Path(__file__).parents[2] / "checkpoints/mm-clip-emoji/README.md").read_text()
+    assert not faults_of_card(card)
+    assert INSTALL in card and "pip install ftfy" in card
+
+
+def test_what_was_local_when_it_was_trained_is_no_id(clip, tmp_path, monkeypatch):
+    """Wherever the card is written: the files that were there then need not be there now, nor the other way round."""
+    monkeypatch.chdir(tmp_path)
+    data = {"source": "data/pics", "pictures": 3, "skipped": {}}
+    settings = {"source": "data/pics", "model_name_or_path": "data/clip"}
+    is_local = {"source": True, "model_name_or_path": True}
+    metrics = {"cell": retrieval_row(np.random.default_rng(0))}
+    card = card_of(clip, metrics, tmp_path, data={**data, "is_local": is_local}, settings=settings)
+    assert card.data.datasets is None and card.data.base_model is None and "data/" not in str(card)
+    assert {result.dataset_type for result in card.data.eval_results} == {"pics"}
+    for name in ("pics", "clip"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    is_local = {"source": False, "model_name_or_path": False}
+    card = card_of(clip, metrics, tmp_path, data={**data, "is_local": is_local}, settings=settings)
+    assert card.data.datasets == ["data/pics"] and card.data.base_model == "data/clip"
+    assert "| `source` | `data/pics` |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("folder", "shown"),
+    [("outputs/mine", "outputs/mine"), ("./mine", "mine"), (".", "here"), ("../here", "here"), ("/a/b", "b")],
+)
+def test_the_name_that_a_card_shows(tmp_path, monkeypatch, folder, shown):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert shown_name(Path(folder)) == shown
+
+
 def test_emoji_are_attributed_as_in_the_notice(clip, tmp_path):
     """Every picture's licence and its whole attribution, whose wording the licences fix."""
     rows = [row for row in tables(card_of(clip, {}, tmp_path).text) if len(row) == 3]
@@ -211,6 +264,7 @@ def test_the_code_runs(clip, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (24, 20), "red").save("picture.png")
     blocks = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     assert len(blocks) == 2
+    assert INSTALL in card.text and "pip install ftfy" in card.text
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     scores, probabilities, shapes = capsys.readouterr().out.strip().splitlines()

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from contract.cases import CASES, TEXT, vocabulary
 from hub.opener import answers
-from hub.opening import OFFLINE, assert_same_answers, job_of, run_opener
+from hub.opening import OFFLINE, assert_same_answers, job_of, run_opener, write_standalone
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from hf_mm import MODELS, __version__
 from hf_mm.hub import standalone
-from hf_mm.hub.standalone import shim_files, standalone_changes, standalone_files, write_standalone
+from hf_mm.hub.standalone import shim_files, standalone_changes, standalone_files
+from hf_mm.models.clip import image_processing_clip
 from hf_mm.models.clip.configuration_clip import MMClipConfig
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints/mm-clip-emoji"
@@ -121,7 +122,7 @@ def test_a_folder_without_a_model_of_ours_is_refused(content, message, tmp_path)
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        write_standalone(tmp_path)
+        standalone_changes(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"] * (content is not None)
 
 
@@ -164,9 +165,8 @@ def test_every_auto_class_of_the_table_has_a_place(tmp_path):
     check(config["AutoConfig"], entry.config)
     processor = json.loads((folder / "processor_config.json").read_text())
     check(processor["auto_map"]["AutoProcessor"], entry.processor)
-    image_processors = processor["image_processor"]["auto_map"]["AutoImageProcessor"]
-    check(image_processors["pil"], entry.image_processors["pil"])
-    assert image_processors["torchvision"] == "image_processing_clip.MMClipImageProcessor"
+    (image_processor,) = processor["image_processor"]["auto_map"]["AutoImageProcessor"].values()
+    check(image_processor, entry.image_processors["pil"])
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())["auto_map"]["AutoTokenizer"]
     check(tokenizer[1], entry.tokenizer)
 
@@ -182,6 +182,22 @@ def test_classes_that_are_not_ours_are_not_placed(tmp_path):
     changed = json.loads(changes["processor_config.json"])
     assert changed["auto_map"] == {"AutoProcessor": "processing_clip.MMClipProcessor"}
     assert changed["image_processor"] == json.loads(processor.read_text())["image_processor"]
+
+
+@pytest.mark.parametrize("saved_as", ["MMClipImageProcessor", "MMClipImageProcessorPil"])
+def test_what_was_saved_beside_torchvision_is_opened_by_what_every_machine_has(saved_as, tmp_path, monkeypatch):
+    """The class of the torchvision backend needs it when it is opened; both read the same settings."""
+    folder = save(case("mm_clip"), tmp_path)
+    processor = folder / "processor_config.json"
+    settings = json.loads(processor.read_text())
+    settings["image_processor"]["image_processor_type"] = saved_as
+    processor.write_text(json.dumps(settings))
+    entry = MODELS["mm_clip"]
+    both = {"torchvision": image_processing_clip.MMClipImageProcessor, **entry.image_processors}
+    monkeypatch.setitem(MODELS, "mm_clip", replace(entry, image_processors=both))
+    placed = json.loads(standalone_changes(folder)["processor_config.json"])["image_processor"]["auto_map"]
+    assert placed == {"AutoImageProcessor": {"pil": "image_processing_clip.MMClipImageProcessorPil"}}
+    assert "MMClipImageProcessor\n" not in shim_files("mm_clip")["hf_mm_shim.py"]
 
 
 def clip_with_dinov2():
@@ -204,7 +220,12 @@ def local(tmp_path_factory):
     jobs = {name: job_of(own, folder, save=True) for name, (own, folder) in folders.items()}
     for name in jobs.keys() - {"trained", "mm_vit_classifier"}:  # pipelines of every case: row 11 of the contract
         jobs[name]["tasks"] = ()
-    expected = {name: answers(job["source"], job) for name, job in jobs.items()}
+    bare = job_of(case("mm_clip"), root / "mm_clip")
+    bare["tasks"] = ()
+    for inputs in bare["prepare"].values():
+        if "text" in inputs:
+            inputs["text"] = ["a café", "über", "naïve"]  # not plain, but nothing to mend
+    expected = {name: answers(job["source"], job) for name, job in {**jobs, "bare": bare}.items()}
     for _, folder in folders.values():
         write_standalone(folder)
     # Another folder of the same name and type, whose code has other bytes; and then the first again.
@@ -216,7 +237,9 @@ def local(tmp_path_factory):
     jobs["shim"] = {**jobs["mm_clip"], "source": str(with_shim(root / "shim")), "save": False}
     shim = {**jobs["shim"], "save": True}
     first = {auto: {**shim, "first": auto} for auto in ("AutoConfig", "AutoModel", *shim["prepare"])}
-    found = run_opener({"without": jobs, "beside": first}, root / "opened", OFFLINE)
+    found = run_opener(
+        {"without": {**jobs, "bare": bare}, "bare": {"bare": bare}, "beside": first}, root / "opened", OFFLINE
+    )
     return {**found, "expected": expected}
 
 
@@ -239,6 +262,12 @@ def test_a_local_folder_opens_without_hf_mm_with_the_same_bits(local, name):
 @pytest.mark.parametrize("name", SAVED_AGAIN)
 def test_what_was_opened_without_hf_mm_can_be_saved_and_opened_again(local, name):
     assert_same_answers(local["without"][name]["again"], local["expected"][name])
+
+
+def test_without_ftfy_it_opens_too_and_says_what_is_read_differently(local):
+    for way, is_missing in (("bare", True), ("without", False)):
+        assert_same_answers(local[way]["bare"], local["expected"]["bare"])
+        assert is_missing == any("pip install ftfy" in text for text in local[way]["bare"]["warnings"])
 
 
 def test_the_shim_says_how_to_install_hf_mm(local):

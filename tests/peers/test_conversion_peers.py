@@ -1,6 +1,7 @@
 """Checkpoints that open_clip and timm write themselves, through the converters and back."""
 
 import copy
+import json
 
 import pytest
 
@@ -25,6 +26,7 @@ from hf_mm.models.clip import conversion_clip
 from hf_mm.models.clip.configuration_clip import MMClipConfig
 from hf_mm.models.clip.conversion_clip import config_from_open_clip, published_tokenizer, read_clip, save_as_open_clip
 from hf_mm.models.clip.presets_clip import PRESETS
+from hf_mm.models.vit import conversion_vit
 from hf_mm.models.vit.configuration_vit import MMViTConfig
 from hf_mm.models.vit.conversion_vit import read_vit, save_as_timm
 from hf_mm.nn.patches import to_pair
@@ -349,3 +351,49 @@ def test_the_check_of_timm_s_and_of_the_authors_files(tmp_path, capsys):
         command = ["convert", "vit", str(tmp_path / source), str(tmp_path / f"out of {source}"), "--check"]
         assert main(command) == 0, capsys.readouterr().err
         assert "difference from timm: tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("what", "wrong"), [("_timm_heads", 2), ("_timm_activation", "quick_gelu")])
+def test_the_check_of_a_vit_finds_other_heads_and_another_activation(tmp_path, capsys, monkeypatch, what, wrong):
+    save_timm(timm_model(embed_dim=128, num_heads=4), tmp_path / "theirs", safe_serialization=True)
+    command = ["convert", "vit", str(tmp_path / "theirs"), str(tmp_path / "out"), "--check"]
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion_vit, what, lambda *arguments: wrong)
+        assert main(command) == 1
+    assert "disagrees with timm" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(command) == 0, capsys.readouterr().err
+    assert "cannot verify" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("option", "value"), [("--heads", "2"), ("--activation", "quick_gelu")])
+def test_what_timm_s_folder_declares_cannot_be_given_otherwise(tmp_path, capsys, option, value):
+    save_timm(timm_model(embed_dim=192, num_heads=3), tmp_path / "theirs", safe_serialization=True)
+    assert main(["convert", "vit", str(tmp_path / "theirs"), str(tmp_path / "out"), option, value]) == 1
+    assert f"leave {option} out" in capsys.readouterr().err
+
+
+def test_the_check_says_what_it_cannot_verify(tmp_path, capsys):
+    torch.save(timm_model().state_dict(), tmp_path / "vit.pt")
+    theirs, config = their_model("vit", quick_gelu=True)
+    as_state_dict(theirs, config, tmp_path)
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    clip = ["clip", str(tmp_path / "model.pt"), str(tmp_path / "clip"), "--tokenizer", str(tmp_path / "tokenizer")]
+    vit = ["vit", str(tmp_path / "vit.pt"), str(tmp_path / "vit")]
+    for peer, command in (("timm", vit), ("open_clip", clip)):
+        assert main(["convert", *command, "--activation", "gelu", "--check"]) == 0, capsys.readouterr().err
+        said = (
+            f"difference from {peer}, built with the heads and activation that were given, which this cannot verify: "
+        )
+        assert said in capsys.readouterr().out
+
+
+def test_a_model_that_timm_does_not_know_is_one_sentence(tmp_path, capsys):
+    save_timm(timm_model(), tmp_path / "theirs", safe_serialization=True)
+    declared = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    declared["architecture"] = "vit_of_the_future_patch16_224"
+    declared["model_args"] |= {"act_layer": "gelu"}
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(declared))
+    assert main(["convert", "vit", str(tmp_path / "theirs"), str(tmp_path / "out"), "--check"]) == 1
+    assert "timm's own model of the checkpoint, which it does not build (Unknown model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

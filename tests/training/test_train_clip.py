@@ -78,6 +78,7 @@ def test_own_pictures_are_trained_on_evaluated_and_opened(tmp_path, pictures):
     assert "1 rows were skipped" in done.stdout and "broken.jpg" in done.stdout
     results = json.loads((output_dir / "results.json").read_text())
     assert results["training"]["steps"] == 6
+    assert results["data"]["is_local"] == {"source": True}
     assert list(results["data"]["skipped"]) and "broken.jpg" in next(iter(results["data"]["skipped"]))
     held_out = results["metrics"]["held_out"]
     assert results["data"]["pictures"] + held_out["images"] in (16, 17)

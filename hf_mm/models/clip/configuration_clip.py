@@ -213,7 +213,7 @@ class MMClipResNetConfig(PreTrainedConfig):
         validate_interpolation(self)
         if len(self.depths) != 4 or min(self.depths) < 1:
             raise ValueError(f"depths must be four numbers of blocks of at least 1, not {list(self.depths)}.")
-        if self.width % 2 or self.hidden_size % self.num_attention_heads:
+        if self.width % 2 or self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"width ({self.width}) must be even, and 32 times it a multiple of num_attention_heads "
                 f"({self.num_attention_heads})."

@@ -7,15 +7,11 @@ Source:
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from safetensors.torch import save_file
 from transformers import (
     CLIPConfig,
     CLIPTextConfig,
@@ -26,11 +22,21 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ...conversion.checkpoint import Checkpoint, Origin, open_checkpoint
-from ...conversion.engine import Conversion, convert, export, whole_folder, write_json
-from ...conversion.rules import ConversionError, Rule, drop, rename, reshape, split, transpose
+from ...conversion.checkpoint import Checkpoint
+from ...conversion.engine import Conversion, convert, export
+from ...conversion.layouts import (
+    declared_by,
+    first_line,
+    refuse_contradiction,
+    refuse_lacking,
+    refuse_variants,
+    save_published,
+    shared_fields,
+    warn_of_interpolation,
+)
+from ...conversion.pictures import processor_from_transformers, processor_to_transformers
+from ...conversion.rules import Rule, drop, rename, reshape, split, transpose
 from ...nn.patches import to_pair
-from ..vit.conversion_vit import IMAGE_PROCESSOR_FIELDS, count_numbers, mlp_ratio, published_heads
 from .configuration_clip import (
     TRANSFORMERS_TYPES,
     MMClipConfig,
@@ -41,28 +47,23 @@ from .configuration_clip import (
 )
 from .image_processing_clip import MMClipImageProcessorPil
 from .modeling_clip import MMClipModel, MMClipTextModel, MMClipVisionModel
+from .open_clip_config import (
+    ACTIVATIONS,
+    PUBLISHED_VOCABULARY,
+    config_from_open_clip,
+    config_from_open_clip_shapes,
+    image_processor_from_open_clip,
+    open_clip_config,
+    open_clip_preprocessing,
+)
+from .openai_files import open_clip_source, published_name
 from .processing_clip import MMClipProcessor
-from .tokenization_clip import PUBLISHED_MERGES, MMClipTokenizer
+from .tokenization_clip import MMClipTokenizer
 
 logger = logging.get_logger(__name__)
 
-ACTIVATIONS = ("quick_gelu", "gelu")
 TOWER_PREFIXES = ("text_model.", "vision_model.")
 VOCABULARY = Path(__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
-PUBLISHED_VOCABULARY = 512 + PUBLISHED_MERGES + 2
-
-OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
-OPENAI_MODELS = {  # name: (SHA-256, file)
-    "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", "RN50.pt"),
-    "RN101": ("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599", "RN101.pt"),
-    "RN50x4": ("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd", "RN50x4.pt"),
-    "RN50x16": ("52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa", "RN50x16.pt"),
-    "RN50x64": ("be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c", "RN50x64.pt"),
-    "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32.pt"),
-    "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt"),
-    "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14.pt"),
-    "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "ViT-L-14-336px.pt"),
-}
 
 VARIANTS = {  # a part of a name: what a checkpoint of open_clip's with it is
     "logit_bias": "SigLIP, whose loss is not CLIP's",
@@ -71,61 +72,6 @@ VARIANTS = {  # a part of a name: what a checkpoint of open_clip's with it is
     "text.transformer.embeddings.": "built on a text tower of transformers'",
     "visual.attn_pool.": "pooled by attention",
     ".ls_1.": "scaled layer by layer (LayerScale)",
-}
-
-# What has one value here. Another value of the field describes a model that ours is not.
-ONE_BLOCK = {
-    "ls_init_value": None,
-    "block_type": None,
-    "final_ln_after_pool": False,
-    "qk_norm": False,
-    "scaled_cosine_attn": False,
-    "scale_heads": False,
-    "scale_attn_inner": False,
-    "scale_attn": False,
-    "scale_fc": False,
-}
-ONE_VALUE = {
-    "model_cfg": {"init_logit_bias": None, "multimodal_cfg": None},
-    "vision_cfg": {
-        **ONE_BLOCK,
-        "attentional_pool": False,
-        "no_ln_pre": False,
-        "pos_embed_type": "learnable",
-        "pool_type": "tok",
-        "timm_model_name": None,
-    },
-    "text_cfg": {
-        **ONE_BLOCK,
-        "embed_cls": False,
-        "no_causal_mask": False,
-        "pool_type": "argmax",
-        "proj_bias": False,
-        "proj_type": "linear",
-        "hf_model_name": None,
-    },
-}
-# What is read, and what says nothing about a model with the values above.
-READ = {
-    "model_cfg": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale"},
-    "vision_cfg": {
-        "layers",
-        "width",
-        "head_width",
-        "mlp_ratio",
-        "patch_size",
-        "image_size",
-        "act_kwargs",
-        "norm_kwargs",
-    },
-    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "act_kwargs", "norm_kwargs"},
-}
-SAYS_NOTHING = {
-    "model_cfg": {"custom_text", "nonscalar_logit_scale", "output_dict", "cast_dtype"},
-    "vision_cfg": {"patch_dropout", "output_tokens", "attn_pooler_queries", "attn_pooler_heads"}
-    | {f"timm_{name}" for name in ("model_pretrained", "pool", "proj", "proj_bias", "drop", "drop_path")},
-    "text_cfg": {"pad_id", "eos_id", "output_tokens", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"}
-    | {f"hf_{name}" for name in ("model_pretrained", "proj_type", "pooler_type")},
 }
 
 
@@ -223,181 +169,6 @@ def transformers_rules(model_class: type[PreTrainedModel], tower_prefix: bool = 
     return [*(rename(prefix + name, name) for name in names), *drop(f"{prefix}embeddings.position_ids")]
 
 
-# Configs
-
-
-def config_from_open_clip(model_cfg: Mapping[str, Any]) -> MMClipConfig:
-    """The config that an ``open_clip_config.json`` declares.
-
-    Args:
-        model_cfg: its ``model_cfg``. Patch dropout, which acts in training alone, is not carried over.
-
-    Raises:
-        ValueError: a field has a value that ours has no equivalent of, or is unknown; all of them are named.
-    """
-    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
-    found = [
-        f"{group}.{name} = {value!r}"
-        for group, fields in (("model_cfg", model_cfg), ("vision_cfg", vision), ("text_cfg", text))
-        for name, value in fields.items()
-        if name not in READ[group] | SAYS_NOTHING[group]
-        and (name not in ONE_VALUE[group] or value != ONE_VALUE[group][name])
-    ]
-    if found:
-        raise ValueError(f"open_clip_config.json describes a model that mm_clip is not: {', '.join(found)}.")
-    quick_gelu, projection_dim = model_cfg.get("quick_gelu", False), model_cfg["embed_dim"]
-    width = text.get("width", 512)
-    return _clip_config(
-        _resnet_fields(vision) if isinstance(vision.get("layers"), list) else _vit_fields(vision, quick_gelu),
-        {
-            "hidden_size": width,
-            "intermediate_size": int(width * text.get("mlp_ratio", 4.0)),
-            "num_hidden_layers": text.get("layers", 12),
-            "num_attention_heads": text.get("heads", 8),
-            "max_position_embeddings": text.get("context_length", 77),
-            "vocab_size": text.get("vocab_size", PUBLISHED_VOCABULARY),
-            **_numerics(text, quick_gelu),
-        },
-        projection_dim,
-        logit_scale_init_value=model_cfg.get("init_logit_scale", MMClipConfig.logit_scale_init_value),
-    )
-
-
-def _vit_fields(vision: Mapping[str, Any], quick_gelu: bool) -> dict[str, Any]:
-    width = vision.get("width", 768)
-    return {
-        "hidden_size": width,
-        "intermediate_size": int(width * vision.get("mlp_ratio", 4.0)),
-        "num_hidden_layers": vision.get("layers", 12),
-        "num_attention_heads": width // vision.get("head_width", 64),
-        "image_size": vision.get("image_size", 224),
-        "patch_size": vision.get("patch_size", 16),
-        **_numerics(vision, quick_gelu),
-    }
-
-
-def _resnet_fields(vision: Mapping[str, Any]) -> dict[str, Any]:
-    width = vision["width"]
-    return {
-        "model_type": "mm_clip_resnet",
-        "depths": vision["layers"],
-        "width": width,
-        "num_attention_heads": 32 * width // vision.get("head_width", 64),
-        "image_size": vision.get("image_size", 224),
-    }
-
-
-def _numerics(tower: Mapping[str, Any], quick_gelu: bool) -> dict[str, Any]:
-    """Activation and norm eps, which open_clip declares as arguments of their classes."""
-    activation, norm = dict(tower.get("act_kwargs") or {}), dict(tower.get("norm_kwargs") or {})
-    tanh = activation.pop("approximate", "none") == "tanh"
-    eps = norm.pop("eps", 1e-5)
-    if activation or norm or (tanh and quick_gelu):
-        raise ValueError(
-            f"open_clip_config.json declares act_kwargs {tower.get('act_kwargs')} and norm_kwargs "
-            f"{tower.get('norm_kwargs')} with quick_gelu = {quick_gelu}, which mm_clip has no equivalent of."
-        )
-    return {
-        "hidden_act": "quick_gelu" if quick_gelu else "gelu_pytorch_tanh" if tanh else "gelu",
-        "layer_norm_eps": eps,
-    }
-
-
-def config_from_open_clip_shapes(tensors: Mapping[str, torch.Tensor], activation: str) -> MMClipConfig:
-    """The config that the shapes of a checkpoint in OpenAI's names imply.
-
-    Numbers of heads leave no trace in shapes: they are those of the published models, see `published_heads`; all text
-    towers have heads of 64.
-
-    Raises:
-        ConversionError: a key is missing, or the towers have no published number of heads.
-    """
-    shapes = {name.removeprefix("text."): tuple(tensor.shape) for name, tensor in tensors.items()}
-    needed = ["visual.conv1.weight", "text_projection", "positional_embedding", "token_embedding.weight"]
-    needed += ["ln_final.weight", "transformer.resblocks.0.mlp.c_fc.weight"]
-    is_vit = "visual.proj" in shapes
-    needed += (
-        ["visual.positional_embedding", "visual.transformer.resblocks.0.mlp.c_fc.weight"]
-        if is_vit
-        else ["visual.layer1.0.conv1.weight", "visual.attnpool.positional_embedding"]
-    )
-    if missing := [name for name in needed if name not in shapes]:
-        raise ConversionError(f"This is no whole CLIP checkpoint of OpenAI's or open_clip's: it lacks {missing}.")
-    width, projection_dim = shapes["text_projection"]
-    context, vocabulary = shapes["positional_embedding"][0], shapes["token_embedding.weight"][0]
-    return _clip_config(
-        _vit_fields_of(shapes, activation) if is_vit else _resnet_fields_of(shapes),
-        {
-            "hidden_size": width,
-            "intermediate_size": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
-            "num_hidden_layers": count_numbers(shapes, "transformer.resblocks."),
-            "num_attention_heads": _heads(width),
-            "max_position_embeddings": context,
-            "vocab_size": vocabulary,
-            "hidden_act": activation,
-        },
-        projection_dim,
-    )
-
-
-def _vit_fields_of(shapes: Mapping[str, tuple[int, ...]], activation: str) -> dict[str, Any]:
-    width, channels, *patch = shapes["visual.conv1.weight"]
-    side = _grid_side(shapes["visual.positional_embedding"][0])
-    return {
-        "hidden_size": width,
-        "intermediate_size": shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
-        "num_hidden_layers": count_numbers(shapes, "visual.transformer.resblocks."),
-        "num_attention_heads": published_heads(width),
-        "num_channels": channels,
-        "image_size": patch[0] * side,
-        "patch_size": patch[0],
-        "hidden_act": activation,
-    }
-
-
-def _resnet_fields_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    width = shapes["visual.layer1.0.conv1.weight"][0]
-    return {
-        "model_type": "mm_clip_resnet",
-        "depths": [count_numbers(shapes, f"visual.layer{stage}.") for stage in range(1, 5)],
-        "width": width,
-        "num_attention_heads": _heads(32 * width),
-        "num_channels": shapes["visual.conv1.weight"][1],
-        "image_size": 32 * _grid_side(shapes["visual.attnpool.positional_embedding"][0]),
-    }
-
-
-def _clip_config(vision: dict[str, Any], text: dict[str, Any], projection_dim: int, **fields: Any) -> MMClipConfig:
-    """The text is pooled at the largest id, which is the end token of every vocabulary in CLIP's order."""
-    end = text["vocab_size"] - 1
-    ids = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
-    return MMClipConfig(
-        vision_config={**vision, "projection_dim": projection_dim, "pos_embed_interpolation": "bicubic_antialias"},
-        text_config={**text, **ids, "projection_dim": projection_dim},
-        projection_dim=projection_dim,
-        **fields,
-    )
-
-
-def _heads(width: int) -> int:
-    if width % 64:
-        raise ConversionError(
-            f"A tower of width {width} does not have heads of 64, and shapes do not tell how many it has: convert a "
-            "folder with open_clip_config.json, or name the published model with --preset."
-        )
-    return width // 64
-
-
-def _grid_side(rows: int) -> int:
-    side = math.isqrt(rows - 1)
-    if side**2 != rows - 1:
-        raise ConversionError(
-            f"A position table of {rows} rows is not of a square picture, and shapes do not tell its sides: convert a "
-            "folder with open_clip_config.json."
-        )
-    return side
-
-
 # Reading
 
 
@@ -429,7 +200,8 @@ def read_clip(
 
     Raises:
         ConversionError: keys are missing or left over, or shapes differ; they are named.
-        ValueError: the checkpoint is of a model that ours is not, or does not say enough.
+        ValueError: the checkpoint is of a model that ours is not, is damaged, does not say enough, or says something else
+            than an option.
         OSError: the source cannot be read, or is not the file that OpenAI published.
     """
     if activation not in (None, *ACTIVATIONS):
@@ -438,38 +210,10 @@ def read_clip(
     if is_transformers_layout(checkpoint):
         if activation or preset:
             raise ValueError("config.json declares the model: leave activation and preset out.")
-        return _read_transformers(checkpoint, tokenizer, dtype)
-    return _read_open_clip(checkpoint, activation, preset, tokenizer, dtype)
-
-
-def open_clip_source(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Checkpoint:
-    """Opens a source of `read_clip`; what OpenAI published is downloaded, and is what its SHA-256 says or refused."""
-    if str(source) not in OPENAI_MODELS or Path(source).exists():
-        return _name_published(open_checkpoint(source, revision=revision, token=token))
-    sha256, file = OPENAI_MODELS[str(source)]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / f"clip-{file}"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        url = f"{OPENAI_URL}/{sha256}/{file}"
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=True)
-        except (OSError, RuntimeError) as error:
-            raise OSError(f"{source} could not be downloaded from {url}: {error}") from error
-    return _name_published(open_checkpoint(path, sha256=sha256))
-
-
-def _name_published(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint, with where OpenAI publishes it as its origin if it is one of theirs."""
-    if name := published_name(checkpoint):
-        sha256, file = OPENAI_MODELS[name]
-        return replace(checkpoint, origins=(Origin(f"{OPENAI_URL}/{sha256}/{file}", None, sha256),))
-    return checkpoint
-
-
-def published_name(checkpoint: Checkpoint) -> str | None:
-    """OpenAI's name of the model whose file this is, judged by the file's SHA-256."""
-    names = {sha256: name for name, (sha256, _) in OPENAI_MODELS.items()}
-    return next((names[origin.sha256] for origin in checkpoint.origins if origin.sha256 in names), None)
+        with declared_by("config.json"):
+            return _read_transformers(checkpoint, tokenizer, dtype)
+    with declared_by("open_clip_config.json" if "open_clip_config.json" in checkpoint.configs else "The checkpoint"):
+        return _read_open_clip(checkpoint, activation, preset, tokenizer, dtype)
 
 
 def is_transformers_layout(checkpoint: Checkpoint) -> bool:
@@ -481,9 +225,7 @@ def _read_open_clip(
     checkpoint: Checkpoint, activation: str | None, preset: str | None, tokenizer: Any, dtype: torch.dtype
 ) -> tuple[Conversion, MMClipProcessor]:
     names = checkpoint.tensors.keys()
-    for part, variant in VARIANTS.items():
-        if found := [name for name in names if part in name]:
-            raise ValueError(f"mm_clip cannot be this model, which is {variant}: it has {min(found)}.")
+    refuse_variants(names, VARIANTS, "mm_clip")
     declared = checkpoint.configs.get("open_clip_config.json")
     if declared is None:
         config = _undeclared_config(checkpoint, activation, preset)
@@ -492,11 +234,11 @@ def _read_open_clip(
         raise ValueError("open_clip_config.json declares the model: leave activation and preset out.")
     else:
         config = config_from_open_clip(declared.get("model_cfg", declared))
-        preprocessing = declared.get("preprocess_cfg", {})
+        preprocessing = declared.get("preprocess_cfg") or {}
         tokenizing = declared.get("model_cfg", declared)["text_cfg"]
     image_processor = image_processor_from_open_clip(preprocessing, config.vision_config.image_size)
-    other_tokenizer = tokenizing.get("hf_tokenizer_name") or tokenizing.get("tokenizer_kwargs")
-    text_tokenizer = _find_tokenizer(checkpoint, config.text_config, tokenizer, declares_another=bool(other_tokenizer))
+    another = _another_tokenizer(checkpoint, tokenizing)
+    text_tokenizer = _find_tokenizer(checkpoint, config.text_config, tokenizer, another)
     rules = open_clip_rules(
         resnet=isinstance(config.vision_config, MMClipResNetConfig),
         text_prefix="text." if "text.text_projection" in names else "",
@@ -507,7 +249,8 @@ def _read_open_clip(
 
 def _undeclared_config(checkpoint: Checkpoint, activation: str | None, preset: str | None) -> MMClipConfig:
     """The config of a file alone. The activation leaves no trace in a file but in OpenAI's, which all have QuickGELU."""
-    if activation is None and ("input_resolution" in checkpoint.tensors or published_name(checkpoint)):
+    if "input_resolution" in checkpoint.tensors or published_name(checkpoint):
+        refuse_contradiction("A file of OpenAI's", "hidden_act", "quick_gelu", activation, "--activation")
         activation = "quick_gelu"
     if activation is None:
         raise ValueError(
@@ -543,6 +286,8 @@ def _read_transformers(checkpoint: Checkpoint, tokenizer: Any, dtype: torch.dtyp
     vision_config = config if model_class is MMClipVisionModel else config.vision_config
     image_processor = image_processor_from_transformers(checkpoint.configs, vision_config.image_size)
     if model_class is MMClipVisionModel:
+        if tokenizer is not None:
+            raise ValueError("A picture tower alone reads no texts: leave --tokenizer out.")
         return conversion, image_processor
     return conversion, MMClipProcessor(image_processor, _find_tokenizer(checkpoint, config.text_config, tokenizer))
 
@@ -550,42 +295,11 @@ def _read_transformers(checkpoint: Checkpoint, tokenizer: Any, dtype: torch.dtyp
 # Processors
 
 
-def image_processor_from_open_clip(
-    preprocess_cfg: Mapping[str, Any], image_size: int | Iterable[int]
-) -> MMClipImageProcessorPil:
-    """The evaluation transform of open_clip, which converts to RGB after resizing.
-
-    Args:
-        preprocess_cfg: of ``open_clip_config.json``; empty for OpenAI's own.
-        image_size: of the tower, which open_clip puts above the size declared there.
-
-    Raises:
-        ValueError: a resize mode that the image processor does not have.
-    """
-    height, width = to_pair(image_size)
-    mode = preprocess_cfg.get("resize_mode") or "shortest"
-    if mode not in ("shortest", "squash") or (mode == "shortest" and height != width):
-        raise ValueError(f"Resizing by {mode!r} to {height}x{width}, as preprocess_cfg declares, is not supported.")
-    bilinear = preprocess_cfg.get("interpolation") == "bilinear"
-    given = {f"image_{name}": preprocess_cfg[name] for name in ("mean", "std") if preprocess_cfg.get(name)}
-    return MMClipImageProcessorPil(
-        size={"shortest_edge": height} if mode == "shortest" else {"height": height, "width": width},
-        crop_size={"height": height, "width": width},
-        do_center_crop=mode == "shortest",
-        resample=Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC,
-        convert_rgb_first=False,
-        **{name: [value] * 3 if isinstance(value, float) else list(value) for name, value in given.items()},
-    )
-
-
 def image_processor_from_transformers(
     configs: Mapping[str, dict[str, Any]], image_size: int | Iterable[int]
 ) -> MMClipImageProcessorPil:
     """The image processor that a ``preprocessor_config.json`` or ``processor_config.json`` declares; CLIP's without."""
-    declared = configs.get("preprocessor_config.json") or configs.get("processor_config.json", {})
-    declared = declared.get("image_processor", declared)
-    given = {name: declared[name] for name in IMAGE_PROCESSOR_FIELDS if declared.get(name) is not None}
-    return MMClipImageProcessorPil(**({"size": to_pair(image_size)[0]} | given))
+    return processor_from_transformers(MMClipImageProcessorPil, configs, to_pair(image_size)[0])
 
 
 def published_tokenizer(context: int = 77) -> MMClipTokenizer:
@@ -597,20 +311,41 @@ def published_tokenizer(context: int = 77) -> MMClipTokenizer:
     return MMClipTokenizer.from_bpe_file(VOCABULARY, model_max_length=context)
 
 
+def _another_tokenizer(checkpoint: Checkpoint, text_cfg: Mapping[str, Any]) -> str | None:
+    """What of a ``text_cfg`` names a tokenizer that is neither the published one nor beside the weights."""
+    own = {checkpoint.origins[0].name, checkpoint.folder.resolve().name if checkpoint.folder else None}
+    name, options = text_cfg.get("hf_tokenizer_name"), text_cfg.get("tokenizer_kwargs")
+    if name and name not in own:
+        return f"text_cfg.hf_tokenizer_name = {name!r}"
+    return f"text_cfg.tokenizer_kwargs = {options!r}" if options else None
+
+
 def _find_tokenizer(
-    checkpoint: Checkpoint, config: MMClipTextConfig, given: str | Path | None, declares_another: bool = False
+    checkpoint: Checkpoint, config: MMClipTextConfig, given: str | Path | None, another: str | None = None
 ) -> MMClipTokenizer:
-    """The tokenizer that was given, or that lies beside the weights, or the published one."""
+    """The tokenizer that was given, or that lies beside the weights, or the published one.
+
+    Args:
+        checkpoint: the published weights.
+        config: of the text tower.
+        given: a folder of it.
+        another: what of the source declares a tokenizer that is none of these.
+
+    Raises:
+        ValueError: there is none, or it does not fit the tower.
+    """
     context = config.max_position_embeddings
+    if another and not given:
+        raise ValueError(
+            f"open_clip_config.json declares {another}: pass the folder of that tokenizer with --tokenizer."
+        )
     folder = Path(given) if given else checkpoint.folder
-    vocabulary = _vocabulary(folder) if folder else None
-    if given and vocabulary is None:
+    tokenizer = _tokenizer_in(folder, context) if folder else None
+    if given and tokenizer is None:
         raise ValueError(f"{given} holds no CLIP vocabulary: neither tokenizer.json, nor vocab.json and merges.txt.")
-    if vocabulary is not None:
-        tokenizer = MMClipTokenizer(*vocabulary, model_max_length=context)
-    elif config.vocab_size == PUBLISHED_VOCABULARY and not declares_another:
+    if tokenizer is None and config.vocab_size == PUBLISHED_VOCABULARY:
         tokenizer = published_tokenizer(context)
-    else:
+    if tokenizer is None:
         raise ValueError(
             f"The text tower has a vocabulary of {config.vocab_size} and the source names no CLIP tokenizer with it "
             f"(the published one has {PUBLISHED_VOCABULARY}): pass its folder with --tokenizer."
@@ -623,19 +358,35 @@ def _find_tokenizer(
     return tokenizer
 
 
+def _tokenizer_in(folder: Path, context: int) -> MMClipTokenizer | None:
+    """The CLIP tokenizer of a folder, None where it has no files of one."""
+    with declared_by(f"The tokenizer in {folder.name}"):
+        vocabulary = _vocabulary(folder)
+    if vocabulary is None:
+        return None
+    try:
+        return MMClipTokenizer(*vocabulary, model_max_length=context)
+    except Exception as error:  # the library of tokenizers raises nothing more special
+        raise ValueError(f"The tokenizer in {folder.name} is no CLIP tokenizer: {first_line(error)}.") from error
+
+
 def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]] | None:
     """Tokens to ids and merges of a folder, as transformers writes them."""
     if (folder / "tokenizer.json").is_file():
         model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
         if model.get("type") != "BPE":
             return None
-        merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-        return model["vocab"], merges
+        return model["vocab"], _pairs(model["merges"])
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         return vocab, [tuple(line.split()) for line in lines[1:] if line.strip()]
     return None
+
+
+def _pairs(merges: Iterable[Any]) -> list[tuple[str, str]]:
+    """The merges of a ``tokenizer.json``, which older files write as one string each."""
+    return [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
 
 
 # Back to the published layouts
@@ -658,9 +409,7 @@ def transformers_config(config: PreTrainedConfig) -> PreTrainedConfig:
         ValueError: there is none; the fields that stand in the way are named.
     """
     parts = [config, config.vision_config, config.text_config] if isinstance(config, MMClipConfig) else [config]
-    lacking = [problem for part in parts for problem in _what_transformers_lacks(part)]
-    if lacking:
-        raise ValueError(f"transformers' CLIP cannot be this model: it has no {', no '.join(lacking)}.")
+    refuse_lacking("transformers' CLIP", [problem for part in parts for problem in _what_transformers_lacks(part)])
     if isinstance(config, MMClipTextConfig):
         return CLIPTextConfig(**_common_fields(config, CLIPTextConfig), architectures=["CLIPTextModel"])
     if isinstance(config, MMClipVisionConfig):
@@ -689,9 +438,7 @@ def _what_transformers_lacks(config: PreTrainedConfig) -> list[str]:
 
 def _common_fields(config: PreTrainedConfig, their_class: type[PreTrainedConfig]) -> dict[str, Any]:
     """The fields of our config that theirs has too."""
-    own = {"model_type", "transformers_version", "architectures", "dtype"}
-    known = their_class().to_dict().keys() - own
-    fields = {name: value for name, value in config.to_dict().items() if name in known and value is not None}
+    fields = shared_fields(config, their_class)
     for side in {"image_size", "patch_size"} & fields.keys():
         fields[side] = to_pair(fields[side])[0]
     return fields
@@ -707,23 +454,16 @@ def save_as_transformers(model: MMClipModel, processor: MMClipProcessor, folder:
     """
     config, state = export_transformers(model)
     settings = processor.image_processor.to_dict()
-    interpolation = model.config.vision_config.pos_embed_interpolation
-    if interpolation != "bicubic":
-        logger.warning(
-            f"transformers resizes position tables by 'bicubic' alone, not by {interpolation!r}: with pictures of "
-            f"another size than {model.config.vision_config.image_size} its outputs will differ."
-        )
+    warn_of_interpolation(model.config.vision_config, "transformers", "bicubic")
     if not settings.get("convert_rgb_first", True):
         logger.warning("transformers converts pictures to RGB before resizing: palette pictures will differ.")
-    with whole_folder(Path(folder)) as aside:
-        config.save_pretrained(aside)
-        save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
-        preprocessing = {name: settings[name] for name in IMAGE_PROCESSOR_FIELDS if name in settings}
-        preprocessing |= {"do_convert_rgb": True, "image_processor_type": "CLIPImageProcessor"}
-        write_json(aside / "preprocessor_config.json", preprocessing)
-        _their_tokenizer(processor.tokenizer).save_pretrained(aside)
-        write_json(aside / "processor_config.json", {"processor_class": "CLIPProcessor"})
-    return Path(folder)
+    preprocessing = processor_to_transformers(processor.image_processor, "CLIPImageProcessor")
+    jsons = {
+        "preprocessor_config.json": {**preprocessing, "do_convert_rgb": True},
+        "processor_config.json": {"processor_class": "CLIPProcessor"},
+    }
+    parts = [config, _their_tokenizer(processor.tokenizer)]
+    return save_published(folder, state, "model.safetensors", jsons, parts)
 
 
 def save_as_open_clip(model: MMClipModel, processor: MMClipProcessor, folder: str | Path) -> Path:
@@ -737,141 +477,20 @@ def save_as_open_clip(model: MMClipModel, processor: MMClipProcessor, folder: st
     """
     model_cfg = open_clip_config(model.config)
     preprocess_cfg = open_clip_preprocessing(processor.image_processor, model.config.vision_config.image_size)
-    interpolation = model.config.vision_config.pos_embed_interpolation
-    if interpolation != "bicubic_antialias":
-        logger.warning(
-            f"open_clip resizes position tables by 'bicubic_antialias' alone, not by {interpolation!r}: with pictures "
-            f"of another size than {model.config.vision_config.image_size} its outputs will differ."
-        )
+    warn_of_interpolation(model.config.vision_config, "open_clip", "bicubic_antialias")
     resnet = isinstance(model.config.vision_config, MMClipResNetConfig)
     state = export(model, open_clip_rules(resnet=resnet))
     tokenizer = processor.tokenizer
     published = len(tokenizer) == PUBLISHED_VOCABULARY and tokenizer.get_vocab() == published_tokenizer().get_vocab()
-    with whole_folder(Path(folder)) as aside:
-        if not published:
-            _their_tokenizer(tokenizer).save_pretrained(aside)
-            model_cfg["text_cfg"]["hf_tokenizer_name"] = Path(folder).name
-        save_file(state, aside / "open_clip_model.safetensors", metadata={"format": "pt"})
-        write_json(aside / "open_clip_config.json", {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
-    return Path(folder)
-
-
-def open_clip_config(config: MMClipConfig) -> dict[str, Any]:
-    """The ``model_cfg`` that open_clip builds the same model from.
-
-    Raises:
-        ValueError: there is none; what stands in the way is named.
-    """
-    vision, text = config.vision_config, config.text_config
-    if lacking := _what_open_clip_lacks(config):
-        raise ValueError(f"open_clip's CLIP cannot be this model: it has no {', no '.join(lacking)}.")
-    model_cfg = {
-        "embed_dim": config.projection_dim,
-        "quick_gelu": text.hidden_act == "quick_gelu",
-        "init_logit_scale": config.logit_scale_init_value,
-    }
-    if isinstance(vision, MMClipResNetConfig):
-        vision_cfg = {
-            "image_size": vision.image_size,
-            "layers": list(vision.depths),
-            "width": vision.width,
-            "head_width": vision.hidden_size // vision.num_attention_heads,
-            "patch_size": None,
-        }
-    else:
-        vision_cfg = {
-            "image_size": vision.image_size,
-            "layers": vision.num_hidden_layers,
-            "width": vision.hidden_size,
-            "head_width": vision.hidden_size // vision.num_attention_heads,
-            "patch_size": vision.patch_size,
-            **_open_clip_numerics(vision),
-        }
-    text_cfg = {
-        "context_length": text.max_position_embeddings,
-        "vocab_size": text.vocab_size,
-        "width": text.hidden_size,
-        "heads": text.num_attention_heads,
-        "layers": text.num_hidden_layers,
-        **_open_clip_numerics(text),
-    }
-    return {**model_cfg, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
-
-
-def _what_open_clip_lacks(config: MMClipConfig) -> list[str]:
-    vision, text = config.vision_config, config.text_config
-    poolings = {"vision_pooling": config.vision_pooling, "text_pooling": config.text_pooling}
-    lacking = [f"{name} = {value!r}" for name, value in poolings.items() if value != "pooler"]
-    if not isinstance(vision, (MMClipVisionConfig, MMClipResNetConfig)):
-        lacking.append(f"tower of type {vision.model_type}")
-    elif vision.num_channels != 3:
-        lacking.append(f"num_channels = {vision.num_channels}")
-    if isinstance(vision, MMClipResNetConfig) and vision.batch_norm_eps != 1e-5:
-        lacking.append(f"batch_norm_eps = {vision.batch_norm_eps}")
-    if not isinstance(text, MMClipTextConfig):
-        return [*lacking, f"tower of type {text.model_type}"]
-    if text.eos_token_id != text.vocab_size - 1:
-        lacking.append(f"eos_token_id = {text.eos_token_id} (it pools at the largest id)")
-    activations = {tower.hidden_act for tower in (vision, text) if hasattr(tower, "hidden_act")}
-    lacking += [f"hidden_act = {name!r}" for name in activations - {*ACTIVATIONS, "gelu_pytorch_tanh"}]
-    if "quick_gelu" in activations and len(activations) > 1:
-        lacking.append("QuickGELU in one tower alone")
-    return lacking
-
-
-def _open_clip_numerics(tower: PreTrainedConfig) -> dict[str, Any]:
-    """Fields of a tower that differ from open_clip's defaults."""
-    fields = {}
-    if tower.intermediate_size != 4 * tower.hidden_size:
-        fields["mlp_ratio"] = mlp_ratio(tower)
-    if tower.hidden_act == "gelu_pytorch_tanh":
-        fields["act_kwargs"] = {"approximate": "tanh"}
-    if tower.layer_norm_eps != 1e-5:
-        fields["norm_kwargs"] = {"eps": tower.layer_norm_eps}
-    return fields
-
-
-def open_clip_preprocessing(
-    image_processor: MMClipImageProcessorPil, image_size: int | Iterable[int]
-) -> dict[str, Any]:
-    """The ``preprocess_cfg`` of an image processor.
-
-    Raises:
-        ValueError: open_clip has no such transform.
-    """
-    settings = image_processor.to_dict()
-    height, width = to_pair(image_size)
-    squash, shortest = {"height": height, "width": width}, {"shortest_edge": height}
-    size = {name: value for name, value in settings["size"].items() if value is not None}
-    crop = settings["do_center_crop"] and {name: settings["crop_size"].get(name) for name in ("height", "width")}
-    steps = settings["do_resize"] and settings["do_rescale"] and settings["do_normalize"]
-    interpolations = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
-    if size == squash and crop in (False, squash):
-        mode = "squash"
-    elif size == shortest and height == width and crop == squash:
-        mode = "shortest"
-    else:
-        mode = None
-    if (
-        mode is None
-        or not steps
-        or settings["resample"] not in interpolations
-        or settings["rescale_factor"] != 1 / 255
-    ):
-        raise ValueError(
-            "open_clip cannot express how this model's pictures are prepared: it resizes (bilinear or bicubic) to the "
-            f"model's {height}x{width}, crops, divides by 255 and normalises."
-        )
-    return {
-        "mean": list(settings["image_mean"]),
-        "std": list(settings["image_std"]),
-        "interpolation": interpolations[settings["resample"]],
-        "resize_mode": mode,
-    }
+    if not published:
+        model_cfg["text_cfg"]["hf_tokenizer_name"] = Path(folder).name
+    parts = [] if published else [_their_tokenizer(tokenizer)]
+    jsons = {"open_clip_config.json": {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}}
+    return save_published(folder, state, "open_clip_model.safetensors", jsons, parts)
 
 
 def _their_tokenizer(tokenizer: MMClipTokenizer) -> CLIPTokenizer:
     """The same vocabulary in transformers' own class, which does not mend broken text."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    merges = _pairs(model["merges"])
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=tokenizer.model_max_length)

@@ -67,11 +67,11 @@ class Bottleneck(GradientCheckpointingLayer):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """``(B, C, H, W)`` to ``(B, 4 * planes, H / stride, W / stride)``."""
-        main = torch.relu(self.bn1(self.conv1(features)))
-        main = torch.relu(self.bn2(self.conv2(main)))
+        main = torch.relu_(self.bn1(self.conv1(features)))
+        main = torch.relu_(self.bn2(self.conv2(main)))
         main = self.bn3(self.conv3(self.avgpool(main)))
         shortcut = features if self.downsample is None else self.downsample(self.avgpool(features))
-        return torch.relu(main + shortcut)
+        return torch.relu_(main.add_(shortcut))
 
 
 class Stage(nn.Sequential):
@@ -198,9 +198,9 @@ class MMClipResNetModel(MMPreTrainedModel):
             to_pair(config.patch_size),
             interpolate_pos_encoding,
         )
-        features = torch.relu(self.bn1(self.conv1(pixel_values.to(self.conv1.weight.dtype))))
-        features = torch.relu(self.bn2(self.conv2(features)))
-        features = self.avgpool(torch.relu(self.bn3(self.conv3(features))))
+        features = torch.relu_(self.bn1(self.conv1(pixel_values.to(self.conv1.weight.dtype))))
+        features = torch.relu_(self.bn2(self.conv2(features)))
+        features = self.avgpool(torch.relu_(self.bn3(self.conv3(features))))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             features = stage(features)
         pooled, _ = self.attnpool(features, **kwargs)

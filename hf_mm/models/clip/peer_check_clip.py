@@ -9,19 +9,26 @@ from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPVisionModel, PreTrainedModel
 
 from ...conversion.checkpoint import Checkpoint
-from ...conversion.peers import import_peer, largest_difference
+from ...conversion.peers import NOT_VERIFIED, built_by, import_peer, largest_difference
 from ...nn.patches import to_pair
-from .conversion_clip import is_transformers_layout, open_clip_config, published_name
+from .conversion_clip import is_transformers_layout
 from .modeling_clip import MMClipModel, MMClipTextModel
+from .open_clip_config import open_clip_config
+from .openai_files import published_name
 
 BATCH = 4
 
 
 def peer_of(checkpoint: Checkpoint) -> str:
-    """The library that opens the checkpoint itself. Raises ImportError where it is not installed."""
+    """The library that opens the checkpoint itself, and what a comparison with it leaves open.
+
+    Raises:
+        OSError: it is not installed.
+    """
     name = "transformers" if is_transformers_layout(checkpoint) else "open_clip"
     import_peer(name)
-    return name
+    declared = "open_clip_config.json" in checkpoint.configs or published_name(checkpoint)
+    return name if name == "transformers" or declared else f"{name}, {NOT_VERIFIED}"
 
 
 @torch.no_grad()
@@ -51,7 +58,8 @@ def compare_with_peer(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[st
 def _encoders(checkpoint: Checkpoint, model: PreTrainedModel) -> dict:
     """Functions from a batch of pictures or texts to the peer's embeddings."""
     if not is_transformers_layout(checkpoint):
-        peer = _open_clip_model(checkpoint, model)
+        with built_by("open_clip"):
+            peer = _open_clip_model(checkpoint, model)
         return {"image": peer.encode_image, "text": peer.encode_text}
     if not isinstance(model, MMClipModel):
         peer_class = CLIPTextModel if isinstance(model, MMClipTextModel) else CLIPVisionModel
@@ -86,15 +94,15 @@ def _open_clip_model(checkpoint: Checkpoint, model: MMClipModel) -> nn.Module:
 
 def _pictures(config) -> torch.Tensor:
     height, width = to_pair(config.image_size)
-    return torch.randn(BATCH, 3, height, width, generator=torch.Generator().manual_seed(0))
+    return torch.randn(BATCH, config.num_channels, height, width, generator=torch.Generator().manual_seed(0))
 
 
 def _texts(config) -> torch.Tensor:
-    """Texts of several lengths, padded to the context: open_clip always runs all of it."""
+    """Texts ``(B, T)`` of any ids but the end token, then that, which also pads to the context: open_clip runs all of it."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.full((BATCH, config.max_position_embeddings), config.eos_token_id)
     for row in ids:
         length = int(torch.randint(1, len(row) - 1, (1,), generator=generator))
-        row[0] = config.bos_token_id
-        row[1 : 1 + length] = torch.randint(1, config.bos_token_id, (length,), generator=generator)
+        drawn = torch.randint(0, config.vocab_size - 1, (length,), generator=generator)
+        row[:length] = drawn + (drawn >= config.eos_token_id)
     return ids

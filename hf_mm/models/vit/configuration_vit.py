@@ -112,6 +112,8 @@ class MMViTConfig(PreTrainedConfig):
 
 def validate_transformer(config) -> None:
     """Raises ValueError where `hidden_size` cannot be split over the heads or the activation is unknown."""
+    if config.num_attention_heads < 1:
+        raise ValueError(f"num_attention_heads must be at least 1, not {config.num_attention_heads}.")
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"hidden_size ({config.hidden_size}) must be a multiple of num_attention_heads "

@@ -13,24 +13,41 @@ Source:
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
-from PIL import Image
-from safetensors.torch import save_file
-from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig
+from transformers import PreTrainedModel, ViTConfig
 from transformers.utils import logging
 
-from ...conversion.checkpoint import Checkpoint, Origin, open_checkpoint
-from ...conversion.engine import Conversion, convert, export, whole_folder, write_json
-from ...conversion.rules import ConversionError, Rule, listed, rename, split, transpose
+from ...conversion.checkpoint import Checkpoint, open_checkpoint
+from ...conversion.engine import Conversion, convert, export
+from ...conversion.layouts import (
+    count_numbers,
+    declared_by,
+    mlp_ratio,
+    one_side,
+    picture_side,
+    published_heads,
+    refuse_contradiction,
+    refuse_lacking,
+    refuse_variants,
+    require,
+    save_published,
+    shared_fields,
+    warn_of_interpolation,
+)
+from ...conversion.pictures import (
+    INTERPOLATIONS,
+    declared_processor,
+    how_resized,
+    processor_from_transformers,
+    processor_to_transformers,
+)
+from ...conversion.rules import ConversionError, Rule, drop, listed, rename, split, transpose
 from ...nn.patches import to_pair
 from .configuration_vit import MMViTConfig
 from .image_processing_vit import MMViTImageProcessorPil
@@ -53,7 +70,14 @@ TIMM_ARGUMENTS = {
     *("in_chans", "num_classes", "class_token", "dynamic_img_size", "weight_init", "drop_rate", "pos_drop_rate"),
     *("patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "global_pool", "fc_norm"),
 }
-WIDE_MODELS = (1280, 1408, 1664, 1792)  # H, g, G and e have 16 heads, all others heads of 64
+UNUSED_POOLER = ("vit.pooler.dense.weight", "vit.pooler.dense.bias")  # a classifier of transformers' does not run it
+TIMM_PICTURES = {  # of timm's ViTs that declare nothing else
+    "crop_mode": "center",
+    "crop_pct": 0.9,
+    "interpolation": "bicubic",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+}
 VARIANTS = {  # a part of a name: what a checkpoint with it is
     "conv_root": "a hybrid with a ResNet root",
     "patch_embed.backbone": "a hybrid with a ResNet root",
@@ -76,16 +100,14 @@ VARIANTS = {  # a part of a name: what a checkpoint with it is
 def flax_rules(
     config: MMViTConfig,
     model_class: type[PreTrainedModel],
-    prefix: str = "",
     linen: bool = False,
     positions: str = "Transformer/posembed_input/pos_embedding",
 ) -> list[Rule]:
-    """The authors' layout to ours.
+    """The authors' layout to ours, without what stands before all of a file's names, such as ``opt/target/``.
 
     Args:
         config: gives the number of heads, over which their kernels are spread.
         model_class: ours, with or without classifier.
-        prefix: of all names, such as ``opt/target/`` or ``params/``.
         linen: modules are counted by kind (``LayerNorm_1``, ``MlpBlock_0``), not one through (``LayerNorm_2``,
             ``MlpBlock_3``).
         positions: name of the position table.
@@ -94,14 +116,14 @@ def flax_rules(
     names = ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
     if not linen:
         names = ("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
-    norm1, attention, norm2, mlp = (f"{prefix}Transformer/encoderblock_{{i}}/{name}" for name in names)
+    norm1, attention, norm2, mlp = (f"Transformer/encoderblock_{{i}}/{name}" for name in names)
     layer = f"{trunk}encoder.layers.{{i}}"
     parts = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
     return [
-        rename(f"{prefix}cls", f"{trunk}embeddings.cls_token"),
-        rename(f"{prefix}{positions}", f"{trunk}embeddings.position_embeddings"),
-        _hwio(f"{prefix}embedding/kernel", f"{trunk}embeddings.patch_embeddings.weight"),
-        rename(f"{prefix}embedding/bias", f"{trunk}embeddings.patch_embeddings.bias"),
+        rename("cls", f"{trunk}embeddings.cls_token"),
+        rename(positions, f"{trunk}embeddings.position_embeddings"),
+        _hwio("embedding/kernel", f"{trunk}embeddings.patch_embeddings.weight"),
+        rename("embedding/bias", f"{trunk}embeddings.patch_embeddings.bias"),
         *_flax_norm(norm1, f"{layer}.layer_norm1"),
         *(
             rule
@@ -112,9 +134,9 @@ def flax_rules(
         *_flax_norm(norm2, f"{layer}.layer_norm2"),
         *_flax_dense(f"{mlp}/Dense_0", f"{layer}.mlp.fc1"),
         *_flax_dense(f"{mlp}/Dense_1", f"{layer}.mlp.fc2"),
-        *_flax_norm(f"{prefix}Transformer/encoder_norm", f"{trunk}layernorm"),
-        *_flax_dense(f"{prefix}pre_logits", f"{trunk}pre_logits"),
-        *_flax_dense(f"{prefix}head", "classifier"),
+        *_flax_norm("Transformer/encoder_norm", f"{trunk}layernorm"),
+        *_flax_dense("pre_logits", f"{trunk}pre_logits"),
+        *_flax_dense("head", "classifier"),
     ]
 
 
@@ -196,6 +218,7 @@ def transformers_rules(model_class: type[PreTrainedModel], in_memory: bool = Fal
             "mlp.fc2": "mlp.fc2",
         }
     block = f"{trunk}layers.{{i}}" if in_memory else f"{trunk}encoder.layer.{{i}}"
+    pooler = drop(*UNUSED_POOLER) if trunk else [rename("pooler.dense.{p}", "pre_logits.{p}")]
     return [
         rename(f"{trunk}embeddings.cls_token", f"{trunk}embeddings.cls_token"),
         rename(f"{trunk}embeddings.position_embeddings", f"{trunk}embeddings.position_embeddings"),
@@ -205,7 +228,7 @@ def transformers_rules(model_class: type[PreTrainedModel], in_memory: bool = Fal
             for theirs, ours in modules.items()
         ),
         rename(f"{trunk}layernorm.{{p}}", f"{trunk}layernorm.{{p}}"),
-        rename(f"{trunk}pooler.dense.{{p}}", f"{trunk}pre_logits.{{p}}"),
+        *pooler,
         rename("classifier.{p}", "classifier.{p}"),
     ]
 
@@ -248,13 +271,14 @@ def read_vit(
     """Reads a published ViT; nothing is written before ``Conversion.save``.
 
     Args:
-        source: a file (``.npz`` or torch's), a folder, an id of the Hub, or what `open_vit_source` made of one; in the
+        source: a file (``.npz`` or torch's), a folder, an id of the Hub, or what `open_checkpoint` made of one; in the
             authors', transformers' or timm's layout, which the names tell.
         revision: of a Hub id.
         token: of the Hub.
-        activation: of timm's weights, where it is not the erf-GELU: ``"gelu_pytorch_tanh"``, ``"quick_gelu"``.
+        activation: ``"gelu"``, ``"gelu_pytorch_tanh"`` or ``"quick_gelu"``, of timm's weights whose config does not tell.
         image_size: ``(height, width)`` that the position table is for, where it is not square.
-        num_attention_heads: of timm's weights, where heads are not those of the published sizes.
+        num_attention_heads: of timm's weights whose config does not tell, where heads are not those of the published
+            sizes.
         dtype: of the weights.
 
     Returns:
@@ -263,24 +287,27 @@ def read_vit(
 
     Raises:
         ConversionError: keys are missing or left over, or shapes differ; they are named.
-        ValueError: the checkpoint is of a variant that `MMViTModel` is not, which is named, or does not say enough.
+        ValueError: the checkpoint is of a variant that `MMViTModel` is not, which is named, does not say enough, or says
+            something else than an option.
         OSError: the source cannot be read.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_vit_source(source, revision=revision, token=token)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, revision=revision, token=token)
+    layout = vit_layout(checkpoint.tensors)
+    checkpoint = _select_flax(checkpoint) if layout == "authors" else checkpoint
     names = checkpoint.tensors.keys()
-    layout = vit_layout(names)
-    for part, variant in VARIANTS.items():
-        if found := [name for name in names if part in name]:
-            raise ValueError(f"mm_vit cannot be this model, which is {variant}: it has {min(found)}.")
+    refuse_variants(names, VARIANTS, "mm_vit")
     given = {"activation": activation, "num_attention_heads": num_attention_heads, "image_size": image_size}
     taken = {"timm": given.keys(), "authors": {"image_size"}, "transformers": set()}[layout]
     if told := [name for name, value in given.items() if value is not None and name not in taken]:
         raise ValueError(f"Checkpoints of the {layout} layout tell {', '.join(told)} themselves: leave that out.")
-    if layout == "authors":
-        return _read_flax(checkpoint, image_size, dtype)
-    if layout == "transformers":
-        return _read_transformers(checkpoint, dtype)
-    return _read_timm(checkpoint, activation, image_size, num_attention_heads, dtype)
+    if activation not in (None, *TIMM_ACTIVATIONS.values()):
+        raise ValueError(f"activation must be one of {', '.join(TIMM_ACTIVATIONS.values())}, not {activation!r}.")
+    with declared_by("config.json" if "config.json" in checkpoint.configs else "The checkpoint"):
+        if layout == "authors":
+            return _read_flax(checkpoint, image_size, dtype)
+        if layout == "transformers":
+            return _read_transformers(checkpoint, dtype)
+        return _read_timm(checkpoint, activation, image_size, num_attention_heads, dtype)
 
 
 def vit_layout(names: Iterable[str]) -> str:
@@ -300,45 +327,46 @@ def vit_layout(names: Iterable[str]) -> str:
     )
 
 
-def open_vit_source(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Checkpoint:
-    """Opens a source of `read_vit`."""
-    if Path(source).suffix != ".npz":
-        return open_checkpoint(source, revision=revision, token=token)
-    path = Path(source)
-    try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        with np.load(path, allow_pickle=False) as arrays:
-            tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"There is no file {path}.") from None
-    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
-        raise OSError(f"{path} is cut short or no .npz of plain arrays: {error}") from error
-    return Checkpoint(tensors=tensors, configs={}, origins=(Origin(path.name, None, sha256),), folder=None)
+def _select_flax(checkpoint: Checkpoint) -> Checkpoint:
+    """The one Vision Transformer in a file of the authors', by the names after its prefix.
+
+    A text tower, an optimiser's state or a temperature beside it are left aside; a warning names them.
+
+    Raises:
+        ConversionError: there are several.
+    """
+    tensors = checkpoint.tensors
+    prefixes = {name.partition("Transformer/")[0] for name in tensors if "Transformer/" in name}
+    whole = sorted(prefix for prefix in prefixes if f"{prefix}embedding/kernel" in tensors)
+    if len(whole) > 1:
+        raise ConversionError(f"There is more than one Vision Transformer here: under {listed(whole)}.")
+    prefix = whole[0] if whole else min(prefixes, key=len)
+    if left := [name for name in tensors if not name.startswith(prefix)]:
+        logger.warning(f"Only what lies under {prefix} is read; {listed(left)} are left aside.")
+    return checkpoint.select(prefix) if prefix else checkpoint
 
 
 def _read_flax(
     checkpoint: Checkpoint, image_size: int | Sequence[int] | None, dtype: torch.dtype
 ) -> tuple[Conversion, MMViTImageProcessorPil]:
     names = checkpoint.tensors.keys()
-    prefix = next(name for name in names if "Transformer/" in name).partition("Transformer/")[0]
-    blocks = f"{prefix}Transformer/encoderblock_"
+    blocks = "Transformer/encoderblock_"
     linen = not any("MlpBlock_3" in name for name in names)
     attention, mlp = (
         ("MultiHeadDotProductAttention_0", "MlpBlock_0") if linen else ("MultiHeadDotProductAttention_1", "MlpBlock_3")
     )
     positions = "Transformer/posembed_input/pos_embedding"
-    if f"{prefix}pos_embedding" in names:
+    if "pos_embedding" in names:
         positions = "pos_embedding"
     shapes = _shapes(
         checkpoint,
-        kernel=f"{prefix}embedding/kernel",
-        table=f"{prefix}{positions}",
+        kernel="embedding/kernel",
+        table=positions,
         query=f"{blocks}0/{attention}/query/kernel",
         mlp=f"{blocks}0/{mlp}/Dense_0/kernel",
     )
     *patch, channels, width = shapes["kernel"]
-    has_cls, classes = f"{prefix}cls" in names, _labels(checkpoint, f"{prefix}head/bias")
+    has_cls, classes = "cls" in names, _labels(checkpoint, "head/bias")
     config = MMViTConfig(
         hidden_size=width,
         num_hidden_layers=count_numbers(names, blocks, "/"),
@@ -346,16 +374,16 @@ def _read_flax(
         intermediate_size=shapes["mlp"][1],
         hidden_act="gelu_pytorch_tanh",
         layer_norm_eps=1e-6,
-        image_size=_image_size(shapes["table"][-2] - has_cls, patch, image_size),
-        patch_size=_side(patch),
+        image_size=_picture_side(shapes["table"][-2] - has_cls, patch, image_size),
+        patch_size=one_side(patch),
         num_channels=channels,
         pooling="cls" if has_cls else "mean",
-        pre_logits=f"{prefix}pre_logits/kernel" in names,
+        pre_logits="pre_logits/kernel" in names,
         pos_embed_interpolation="bilinear_corners",
         **({"num_labels": classes} if classes else {}),
     )
     model_class = MMViTForImageClassification if classes else MMViTModel
-    rules = flax_rules(config, model_class, prefix, linen, positions)
+    rules = flax_rules(config, model_class, linen, positions)
     height, width = to_pair(config.image_size)
     conversion = convert(checkpoint, model_class=model_class, config=config, rules=rules, dtype=dtype)
     return conversion, MMViTImageProcessorPil(size={"height": height, "width": width}, antialias=False)
@@ -370,8 +398,9 @@ def _read_transformers(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Conv
             f"{declared.get('model_type')}): convert the folder that has it."
         )
     classifier = "classifier.weight" in names
-    trunk = "vit." if classifier else ""
-    config = config_from_transformers(declared, pre_logits=f"{trunk}pooler.dense.weight" in names)
+    if unused := [name for name in UNUSED_POOLER if classifier and name in names]:
+        logger.warning(f"{listed(unused)} are left out: transformers' classifier does not run its pooler.")
+    config = config_from_transformers(declared, pre_logits=not classifier and "pooler.dense.weight" in names)
     model_class = MMViTForImageClassification if classifier else MMViTModel
     rules = transformers_rules(model_class, in_memory=not any("encoder.layer." in name for name in names))
     conversion = convert(checkpoint, model_class=model_class, config=config, rules=rules, dtype=dtype)
@@ -394,11 +423,8 @@ def config_from_transformers(declared: dict[str, Any], pre_logits: bool = False)
             f"mm_vit has no pooler of width {theirs.pooler_output_size} with {theirs.pooler_act}, only a tanh layer of "
             "the model's width."
         )
-    shared = MMViTConfig().to_dict().keys() & theirs.to_dict().keys()
-    fields = {name: value for name, value in theirs.to_dict().items() if name in shared}
-    own = ("model_type", "transformers_version", "architectures", "dtype")
     return MMViTConfig(
-        **{name: value for name, value in fields.items() if name not in own},
+        **shared_fields(theirs, MMViTConfig),
         hidden_dropout=theirs.hidden_dropout_prob,
         attention_dropout=theirs.attention_probs_dropout_prob,
         pre_logits=pre_logits,
@@ -421,6 +447,8 @@ def _read_timm(
         raise ValueError(f"mm_vit cannot be this model, which timm builds with {found}.")
     shapes = _shapes(checkpoint, kernel="patch_embed.proj.weight", table="pos_embed", mlp="blocks.0.mlp.fc1.weight")
     width, channels, *patch = shapes["kernel"]
+    if (side := arguments.get("img_size")) is not None and image_size is not None:
+        refuse_contradiction("config.json", "img_size", to_pair(side), to_pair(image_size), "--image-size")
     has_cls, classes = "cls_token" in names, _labels(checkpoint, "head.bias")
     pooling = declared.get("global_pool") or arguments.get("global_pool") or ("token" if has_cls else "avg")
     if pooling != ("token" if has_cls else "avg"):
@@ -430,12 +458,12 @@ def _read_timm(
     config = MMViTConfig(
         hidden_size=width,
         num_hidden_layers=count_numbers(names, "blocks."),
-        num_attention_heads=heads or arguments.get("num_heads") or published_heads(width),
+        num_attention_heads=_timm_heads(declared, width, heads),
         intermediate_size=shapes["mlp"][0],
         hidden_act=_timm_activation(declared, activation),
         layer_norm_eps=1e-6,
-        image_size=_image_size(shapes["table"][1] - has_cls, patch, image_size or arguments.get("img_size")),
-        patch_size=_side(patch),
+        image_size=_picture_side(shapes["table"][1] - has_cls, patch, image_size or arguments.get("img_size")),
+        patch_size=one_side(patch),
         num_channels=channels,
         qkv_bias="blocks.0.attn.qkv.bias" in names,
         pooling="cls" if has_cls else "mean",
@@ -445,94 +473,67 @@ def _read_timm(
     model_class = MMViTForImageClassification if classes else MMViTModel
     rules = timm_rules(model_class)
     conversion = convert(checkpoint, model_class=model_class, config=config, rules=rules, dtype=dtype)
-    return conversion, image_processor_from_timm(declared.get("pretrained_cfg") or {}, config.image_size)
+    return conversion, image_processor_from_timm(declared.get("pretrained_cfg") or declared, config.image_size)
+
+
+def _timm_heads(declared: Mapping[str, Any], width: int, given: int | None) -> int:
+    """The number of heads: what ``num_heads`` or a plain name declares, else what is given, else the published one."""
+    number = (declared.get("model_args") or {}).get("num_heads")
+    refuse_contradiction("config.json", "num_heads", number, given, "--heads")
+    if number is None and given is not None and is_plain_vit(declared):
+        refuse_contradiction(
+            f"{declared['architecture']} in config.json", "num_heads", published_heads(width), given, "--heads"
+        )
+    return number or given or published_heads(width)
 
 
 def _timm_activation(declared: Mapping[str, Any], given: str | None) -> str:
+    """The activation: what ``act_layer`` or a plain name declares, else what is given.
+
+    Raises:
+        ValueError: neither is there, or they contradict each other, or timm's activation is unknown.
+    """
     name = (declared.get("model_args") or {}).get("act_layer")
-    if given:
-        return given
     if name is not None and name not in TIMM_ACTIVATIONS:
         raise ValueError(f"mm_vit does not know timm's activation {name!r}.")
-    if name is None and not re.fullmatch(PLAIN_TIMM_VIT, declared.get("architecture", "vit_base_patch16_224")):
+    if name is None and is_plain_vit(declared):
+        name = "gelu"
+    found = TIMM_ACTIVATIONS.get(name)
+    refuse_contradiction("config.json", "activation", found, given, "--activation")
+    if found is None and given is None:
         raise ValueError(
-            f"Nothing tells which activation timm's {declared['architecture']} has: pass --activation gelu, "
-            "gelu_pytorch_tanh or quick_gelu."
+            f"Nothing tells which activation timm's {declared.get('architecture', 'model')} has: convert the folder with its "
+            "config.json, or pass --activation gelu, gelu_pytorch_tanh or quick_gelu."
         )
-    return TIMM_ACTIVATIONS[name or "gelu"]
+    return found or given
+
+
+def is_plain_vit(declared: Mapping[str, Any]) -> bool:
+    """Whether the ``config.json`` of timm's names a model without a variant: erf-GELU, and the published heads."""
+    return re.fullmatch(PLAIN_TIMM_VIT, declared.get("architecture") or "") is not None
 
 
 def _shapes(checkpoint: Checkpoint, **names: str) -> dict[str, tuple[int, ...]]:
     """Shapes of named tensors. Raises ConversionError where one is missing."""
-    if missing := [name for name in names.values() if name not in checkpoint.tensors]:
-        raise ConversionError(f"This is no whole Vision Transformer: it lacks {', '.join(missing)}.")
+    require(checkpoint.tensors, names.values(), "Vision Transformer")
     return {key: tuple(checkpoint.tensors[name].shape) for key, name in names.items()}
+
+
+def _picture_side(patches: int, patch: Sequence[int], given: int | Sequence[int] | None) -> int | list[int]:
+    return picture_side(
+        patches,
+        patch,
+        None if given is None else to_pair(given),
+        "pass image_size as height and width (--image-size). Where a class token has no position (no_embed_class), mm_vit "
+        "cannot be the model",
+    )
 
 
 def _labels(checkpoint: Checkpoint, bias: str) -> int:
     return checkpoint.tensors[bias].shape[0] if bias in checkpoint.tensors else 0
 
 
-def count_numbers(names: Iterable[str], prefix: str, end: str = ".") -> int:
-    """How many numbers follow the prefix, and are followed by `end`."""
-    return len({name.removeprefix(prefix).split(end)[0] for name in names if name.startswith(prefix)})
-
-
-def published_heads(width: int) -> int:
-    """How many heads the published models of a width have, which leaves no trace in fused or square weights.
-
-    Raises:
-        ConversionError: there is none of this width, or of heads of 64.
-    """
-    if width in WIDE_MODELS:
-        return 16
-    if width % 64:
-        raise ConversionError(
-            f"No published Vision Transformer has the width {width}, and the weights do not tell how many heads this one "
-            "has."
-        )
-    return width // 64
-
-
-def _image_size(patches: int, patch: Sequence[int], given: int | Sequence[int] | None) -> int | list[int]:
-    """The picture's side, or ``[height, width]``, that has so many patches."""
-    if given is not None:
-        height, width = to_pair(given)
-        if (height // patch[0]) * (width // patch[1]) != patches:
-            raise ValueError(
-                f"A picture of {height}x{width} has {height // patch[0]}x{width // patch[1]} patches, but the position "
-                f"table has {patches}."
-            )
-        return _side((height, width))
-    side = math.isqrt(patches)
-    if side**2 != patches:
-        raise ValueError(
-            f"A position table of {patches} patches is not of a square picture: pass image_size as height and width "
-            "(--image-size). Where a class token has no position (no_embed_class), mm_vit cannot be the model."
-        )
-    return _side((side * patch[0], side * patch[1]))
-
-
-def _side(size: Sequence[int]) -> int | list[int]:
-    """One number for a square."""
-    return size[0] if size[0] == size[1] else list(size)
-
-
 # Image processors
-
-
-IMAGE_PROCESSOR_FIELDS = (
-    "do_resize",
-    "size",
-    "resample",
-    "do_center_crop",
-    "crop_size",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-)
 
 
 def image_processor_from_transformers(
@@ -540,9 +541,7 @@ def image_processor_from_transformers(
 ) -> MMViTImageProcessorPil:
     """What a ``preprocessor_config.json`` declares; without one, a resize to the model's size."""
     height, width = to_pair(image_size)
-    declared = configs.get("preprocessor_config.json", {})
-    given = {name: declared[name] for name in IMAGE_PROCESSOR_FIELDS if declared.get(name) is not None}
-    return MMViTImageProcessorPil(**({"size": {"height": height, "width": width}} | given))
+    return processor_from_transformers(MMViTImageProcessorPil, configs, {"height": height, "width": width})
 
 
 def image_processor_from_timm(
@@ -551,35 +550,41 @@ def image_processor_from_timm(
     """timm's evaluation transform: the shorter side to n / crop_pct, then the n x n centre.
 
     Args:
-        pretrained_cfg: of its ``config.json``; what is missing there has the value of timm's ViTs.
+        pretrained_cfg: of its ``config.json``; what is missing there has the value of timm's ViTs, and a warning says so.
         image_size: n, or ``(height, width)``.
 
     Raises:
         ValueError: a crop mode or interpolation that the image processor does not have.
     """
     height, width = to_pair(image_size)
-    mode = pretrained_cfg.get("crop_mode") or "center"
-    interpolations = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-    interpolation = pretrained_cfg.get("interpolation") or "bicubic"
+    assumed = {name: value for name, value in TIMM_PICTURES.items() if pretrained_cfg.get(name) is None}
+    if assumed:
+        values = ", ".join(f"{name} = {value}" for name, value in assumed.items())
+        logger.warning(
+            f"Nothing declares how pictures are prepared, so it is assumed: {values}. Other weights of timm's have others."
+        )
+    declared = TIMM_PICTURES | {name: pretrained_cfg[name] for name in TIMM_PICTURES.keys() - assumed.keys()}
+    mode, interpolation, part = declared["crop_mode"], declared["interpolation"], declared["crop_pct"]
     if (
         mode not in ("center", "squash")
         or (mode == "center" and height != width)
-        or interpolation not in interpolations
+        or interpolation not in INTERPOLATIONS
     ):
         raise ValueError(
             f"Pictures prepared by crop_mode {mode!r} and {interpolation!r} for {height}x{width}, as timm's "
             "pretrained_cfg declares, are not supported."
         )
-    part = pretrained_cfg.get("crop_pct") or 0.9
     rows, columns = math.floor(height / part), math.floor(width / part)
-    return MMViTImageProcessorPil(
-        size={"shortest_edge": rows} if mode == "center" else {"height": rows, "width": columns},
-        do_center_crop=True,
-        crop_size={"height": height, "width": width},
-        resample=interpolations[interpolation],
-        image_mean=list(pretrained_cfg.get("mean") or (0.5, 0.5, 0.5)),
-        image_std=list(pretrained_cfg.get("std") or (0.5, 0.5, 0.5)),
-    )
+    size = {"shortest_edge": rows} if mode == "center" else {"height": rows, "width": columns}
+    settings = {
+        "size": size,
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "resample": INTERPOLATIONS[interpolation],
+        "image_mean": declared["mean"],
+        "image_std": declared["std"],
+    }
+    return declared_processor(MMViTImageProcessorPil, settings, "pretrained_cfg of config.json")
 
 
 # Back to the published layouts
@@ -593,15 +598,14 @@ def transformers_config(config: MMViTConfig, model_class: type[PreTrainedModel])
     """
     lacking = [f"pooling = {config.pooling!r}"] if config.pooling != "cls" else []
     lacking += [f"stem = {config.stem!r}"] if config.stem != "patch" else []
-    lacking += [f"patch_size = {config.patch_size}"] if not isinstance(_side(to_pair(config.patch_size)), int) else []
+    lacking += (
+        [f"patch_size = {config.patch_size}"] if not isinstance(one_side(to_pair(config.patch_size)), int) else []
+    )
     if config.pre_logits and model_class is MMViTForImageClassification:
         lacking.append("pre_logits under a classifier")
-    if lacking:
-        raise ValueError(f"transformers' ViT cannot be this model: it has no {', no '.join(lacking)}.")
-    own = ("model_type", "transformers_version", "architectures", "dtype")
-    shared = ViTConfig().to_dict().keys() & config.to_dict().keys()
-    fields = {name: value for name, value in config.to_dict().items() if name in shared and name not in own}
-    fields |= {name: _side(to_pair(fields[name])) for name in ("image_size", "patch_size")}
+    refuse_lacking("transformers' ViT", lacking)
+    fields = shared_fields(config, ViTConfig)
+    fields |= {name: one_side(to_pair(fields[name])) for name in ("image_size", "patch_size")}
     architecture = "ViTForImageClassification" if model_class is MMViTForImageClassification else "ViTModel"
     return ViTConfig(
         **fields,
@@ -622,18 +626,14 @@ def save_as_transformers(model: PreTrainedModel, image_processor: MMViTImageProc
     """
     config = transformers_config(model.config, type(model))
     settings = image_processor.to_dict()
-    _warn_of_interpolation(model.config, "transformers", "bicubic")
+    warn_of_interpolation(model.config, "transformers", "bicubic")
     if not settings["antialias"]:
         logger.warning(
             "transformers resizes pictures with antialiasing alone, which these weights were not trained on."
         )
+    jsons = {"preprocessor_config.json": processor_to_transformers(image_processor, "ViTImageProcessor")}
     state = export(model, transformers_rules(type(model)))
-    with whole_folder(Path(folder)) as aside:
-        config.save_pretrained(aside)
-        save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
-        preprocessing = {name: settings[name] for name in IMAGE_PROCESSOR_FIELDS if settings.get(name) is not None}
-        write_json(aside / "preprocessor_config.json", {**preprocessing, "image_processor_type": "ViTImageProcessor"})
-    return Path(folder)
+    return save_published(folder, state, "model.safetensors", jsons, parts=[config])
 
 
 def save_as_timm(model: PreTrainedModel, image_processor: MMViTImageProcessorPil, folder: str | Path) -> Path:
@@ -652,12 +652,9 @@ def save_as_timm(model: PreTrainedModel, image_processor: MMViTImageProcessorPil
         "model_args": arguments,
         "pretrained_cfg": {**timm_preprocessing(image_processor, model.config.image_size), "num_classes": classes},
     }
-    _warn_of_interpolation(model.config, "timm", "bicubic_antialias")
+    warn_of_interpolation(model.config, "timm", "bicubic_antialias")
     state = export(model, timm_rules(type(model)))
-    with whole_folder(Path(folder)) as aside:
-        save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
-        write_json(aside / "config.json", declared)
-    return Path(folder)
+    return save_published(folder, state, "model.safetensors", {"config.json": declared})
 
 
 def timm_arguments(config: MMViTConfig) -> dict[str, Any]:
@@ -671,8 +668,7 @@ def timm_arguments(config: MMViTConfig) -> dict[str, Any]:
     lacking += ["pre_logits"] if config.pre_logits else []
     lacking += [f"layer_norm_eps = {config.layer_norm_eps}"] if config.layer_norm_eps != 1e-6 else []
     lacking += [f"hidden_act = {config.hidden_act!r}"] if config.hidden_act not in activations else []
-    if lacking:
-        raise ValueError(f"timm's VisionTransformer cannot be this model: it has no {', no '.join(lacking)}.")
+    refuse_lacking("timm's VisionTransformer", lacking)
     return {
         "img_size": list(to_pair(config.image_size)),
         "patch_size": list(to_pair(config.patch_size)),
@@ -689,49 +685,27 @@ def timm_arguments(config: MMViTConfig) -> dict[str, Any]:
     }
 
 
-def mlp_ratio(config: PreTrainedConfig) -> float:
-    """The factor from which timm and open_clip, which truncate, get the width of the MLPs."""
-    ratio = config.intermediate_size / config.hidden_size
-    while int(config.hidden_size * ratio) < config.intermediate_size:  # the quotient may have been rounded down
-        ratio = math.nextafter(ratio, math.inf)
-    return ratio
-
-
 def timm_preprocessing(image_processor: MMViTImageProcessorPil, image_size: int | Sequence[int]) -> dict[str, Any]:
     """The ``pretrained_cfg`` of an image processor.
 
     Raises:
         ValueError: timm has no such transform.
     """
-    settings = image_processor.to_dict()
     height, width = to_pair(image_size)
-    model_size = {"height": height, "width": width}
-    size = {name: value for name, value in settings["size"].items() if value is not None}
-    crop = {name: settings["crop_size"].get(name) for name in model_size} if settings.get("do_center_crop") else None
-    interpolations = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
-    mode, part = None, 1.0
-    if size == model_size and crop in (None, model_size):
-        mode = "squash"
-    elif crop == model_size and height == width and (rows := size.get("shortest_edge", 0)) >= height:
-        mode, part = "center", _crop_part(height, rows)
-    steps = settings["do_resize"] and settings["do_rescale"] and settings["do_normalize"] and settings["antialias"]
-    if (
-        mode is None
-        or not steps
-        or settings["resample"] not in interpolations
-        or settings["rescale_factor"] != 1 / 255
-    ):
+    resizing = how_resized(image_processor, (height, width))
+    if resizing is None:
         raise ValueError(
             "timm cannot express how this model's pictures are prepared: it resizes with antialiasing (bilinear or "
             f"bicubic), crops to the model's {height}x{width}, divides by 255 and normalises."
         )
+    mode, rows, interpolation = resizing
     return {
         "input_size": [3, height, width],
-        "interpolation": interpolations[settings["resample"]],
-        "crop_pct": part,
-        "crop_mode": mode,
-        "mean": list(settings["image_mean"]),
-        "std": list(settings["image_std"]),
+        "interpolation": interpolation,
+        "crop_pct": _crop_part(height, rows) if mode == "shortest" else 1.0,
+        "crop_mode": "center" if mode == "shortest" else "squash",
+        "mean": list(image_processor.image_mean),
+        "std": list(image_processor.image_std),
     }
 
 
@@ -742,11 +716,3 @@ def _crop_part(side: int, resized: int) -> float:
         if part and math.floor(side / part) == resized:
             return part
     return math.nextafter(side / resized, 0)
-
-
-def _warn_of_interpolation(config: MMViTConfig, where: str, interpolation: str) -> None:
-    if config.pos_embed_interpolation != interpolation:
-        logger.warning(
-            f"{where} resizes position tables by {interpolation!r}, not by {config.pos_embed_interpolation!r}: with "
-            f"pictures of another size than {config.image_size} its outputs will differ."
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, ViTForImageClassification, ViTModel
 
 from ...conversion.checkpoint import Checkpoint
-from ...conversion.peers import import_peer, largest_difference
+from ...conversion.peers import NOT_VERIFIED, built_by, import_peer, largest_difference
 from ...nn.patches import to_pair
 from .conversion_vit import timm_arguments, vit_layout
 from .modeling_vit import MMViTForImageClassification
@@ -21,14 +22,15 @@ BATCH = 4
 
 
 def peer_of(checkpoint: Checkpoint) -> str:
-    """The library to compare with: timm, which reads the authors' files too, or transformers.
+    """The library to compare with, and what that leaves open: timm, which reads the authors' files too, or transformers.
 
     Raises:
         OSError: it is not installed.
     """
-    name = "transformers" if vit_layout(checkpoint.tensors) == "transformers" else "timm"
+    layout = vit_layout(checkpoint.tensors)
+    name = "transformers" if layout == "transformers" else "timm"
     import_peer(name)
-    return name
+    return f"{name}, {NOT_VERIFIED}" if layout == "timm" and not _names_architecture(checkpoint) else name
 
 
 @torch.no_grad()
@@ -51,7 +53,8 @@ def compare_with_peer(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[st
 
 def _outputs(checkpoint: Checkpoint, model: PreTrainedModel, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     if vit_layout(checkpoint.tensors) != "transformers":
-        peer = _timm_model(checkpoint, model)
+        with built_by("timm"):
+            peer = _timm_model(checkpoint, model)
         return {"tokens": peer.forward_features(pixels), "logits": peer(pixels)}
     if not isinstance(model, MMViTForImageClassification):
         peer = ViTModel.from_pretrained(
@@ -62,17 +65,35 @@ def _outputs(checkpoint: Checkpoint, model: PreTrainedModel, pixels: torch.Tenso
     return {"tokens": peer.vit(pixels).last_hidden_state, "logits": peer(pixels).logits}
 
 
+def _names_architecture(checkpoint: Checkpoint) -> bool:
+    return checkpoint.folder is not None and "architecture" in checkpoint.configs.get("config.json", {})
+
+
 def _timm_model(checkpoint: Checkpoint, model: PreTrainedModel) -> nn.Module:
+    """timm's model in float32: as its own config declares it where there is one, else of our config's sizes."""
     timm = import_peer("timm")
+    if vit_layout(checkpoint.tensors) == "timm":
+        if _names_architecture(checkpoint):
+            peer = timm.create_model(f"local-dir:{checkpoint.folder}", pretrained=False)
+        else:
+            peer = timm.models.VisionTransformer(**_timm_arguments(model))
+        peer.load_state_dict(dict(checkpoint.tensors))
+        return peer.eval()
+    arrays = {
+        name: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        for name, tensor in checkpoint.tensors.items()
+    }
+    heads = next(array.shape[1] for name, array in arrays.items() if name.endswith("/query/kernel"))
+    peer = timm.models.VisionTransformer(**_timm_arguments(model) | {"num_heads": heads, "act_layer": "gelu_tanh"})
+    with tempfile.TemporaryDirectory() as folder:  # timm reads the authors' files, and no tensors of theirs
+        path = Path(folder) / "weights.npz"
+        np.savez(path, **arrays)
+        peer.load_pretrained(str(path))
+    return peer.eval()
+
+
+def _timm_arguments(model: PreTrainedModel) -> dict[str, Any]:
     config = copy.deepcopy(model.config)
     config.pre_logits = False
     classes = config.num_labels if isinstance(model, MMViTForImageClassification) else 0
-    peer = timm.models.VisionTransformer(**timm_arguments(config), num_classes=classes).eval()
-    if vit_layout(checkpoint.tensors) == "timm":
-        peer.load_state_dict(dict(checkpoint.tensors))
-        return peer
-    with tempfile.TemporaryDirectory() as folder:  # timm reads the authors' files, and no tensors of theirs
-        path = Path(folder) / "weights.npz"
-        np.savez(path, **{name: tensor.numpy() for name, tensor in checkpoint.tensors.items()})
-        peer.load_pretrained(str(path))
-    return peer
+    return {**timm_arguments(config), "num_classes": classes}

@@ -1,12 +1,15 @@
 """Published CLIP checkpoints: what is read from them, what is asked for, what is refused, and the way back."""
 
+import copy
 import hashlib
 import json
 import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from contract.cases import CONTEXT, clip_config, pictures, tokenizer, vocabulary
@@ -26,24 +29,20 @@ from transformers import (
 )
 
 from hf_mm.cli import main
-from hf_mm.conversion import peers
-from hf_mm.conversion.checkpoint import Checkpoint, Origin
+from hf_mm.conversion import layouts, peers
+from hf_mm.conversion import pictures as pictures_of_configs
+from hf_mm.conversion.checkpoint import Checkpoint, Origin, open_checkpoint
+from hf_mm.conversion.layouts import mlp_ratio
 from hf_mm.conversion.rules import ConversionError
 from hf_mm.hub import convert
 from hf_mm.hub.push import check_folder
-from hf_mm.models.clip import conversion_clip
+from hf_mm.models.clip import conversion_clip, peer_check_clip
 from hf_mm.models.clip.configuration_clip import MMClipConfig
 from hf_mm.models.clip.conversion_clip import (
-    OPENAI_MODELS,
     VARIANTS,
     VOCABULARY,
-    config_from_open_clip,
-    config_from_open_clip_shapes,
     export_transformers,
-    image_processor_from_open_clip,
     image_processor_from_transformers,
-    open_clip_config,
-    open_clip_preprocessing,
     published_tokenizer,
     read_clip,
     save_as_open_clip,
@@ -52,9 +51,16 @@ from hf_mm.models.clip.conversion_clip import (
 )
 from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
 from hf_mm.models.clip.modeling_clip import MMClipModel, MMClipTextModel, MMClipVisionModel
-from hf_mm.models.clip.presets_clip import PRESETS
+from hf_mm.models.clip.open_clip_config import (
+    config_from_open_clip,
+    config_from_open_clip_shapes,
+    image_processor_from_open_clip,
+    open_clip_config,
+    open_clip_preprocessing,
+)
+from hf_mm.models.clip.openai_files import OPENAI_MODELS
+from hf_mm.models.clip.presets_clip import PRESETS, preset
 from hf_mm.models.clip.processing_clip import MMClipProcessor
-from hf_mm.models.vit.conversion_vit import mlp_ratio
 
 TOWER = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
 RESNET = {
@@ -158,6 +164,13 @@ def test_a_key_that_the_sizes_need_is_named(key):
         config_from_open_clip_shapes(state, "gelu")
 
 
+def test_a_preset_is_the_caller_s_own():
+    preset("RN50")["vision_config"]["width"] = 1
+    preset("RN50")["text_config"].clear()
+    assert MMClipConfig.from_preset("RN50").vision_config.width == 64
+    assert preset("RN50")["text_config"]["hidden_size"] == 512
+
+
 # What a config declares
 
 
@@ -240,6 +253,68 @@ def test_numerics_without_equivalent_are_named(numerics):
     declared["text_cfg"] |= numerics
     with pytest.raises(ValueError, match=next(iter(numerics))):
         config_from_open_clip(declared)
+
+
+@pytest.fixture(scope="module")
+def whole_folder(tmp_path_factory):
+    return published_folder(tmp_path_factory.mktemp("published"))
+
+
+def fields_of(declared: dict, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Paths of all fields, the groups too."""
+    paths = [
+        [(*path, name), *(fields_of(value, (*path, name)) if isinstance(value, dict) else [])]
+        for name, value in declared.items()
+    ]
+    return [found for group in paths for found in group]
+
+
+def damaged(folder: Path, file: str, field: tuple[str, ...], *value):
+    """The folder as a checkpoint with a field of a JSON file removed, or with another value."""
+    checkpoint = open_checkpoint(folder)
+    configs = copy.deepcopy(checkpoint.configs)
+    group = configs[file]
+    for name in field[:-1]:
+        group = group[name]
+    group.pop(field[-1])
+    if value:
+        (group[field[-1]],) = value
+    return replace(checkpoint, configs=configs)
+
+
+FIELDS = fields_of(open_clip_json(tiny_config()))
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=".".join)
+def test_a_missing_field_has_open_clip_s_default_or_is_one_sentence(whole_folder, field):
+    without = damaged(whole_folder, "open_clip_config.json", field)
+    needed = {
+        "embed_dim",
+        "vision_cfg",
+        "text_cfg",
+        "layers",
+        "width",
+        "vocab_size",
+        "context_length",
+        "image_size",
+        "patch_size",
+    }
+    if field[-1] in needed or field == ("model_cfg",):
+        with pytest.raises(ValueError, match=r"^[^\n]+$"):
+            read_clip(without)
+    else:
+        read_clip(without)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    # 0 is a mean too, and stands for a name that is left open.
+    [(field, value) for field in FIELDS for value in ("x", 0) if value or field[:1] == ("model_cfg",)],
+    ids=str,
+)
+def test_a_mistyped_field_is_one_sentence(whole_folder, field, value):
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        read_clip(damaged(whole_folder, "open_clip_config.json", field, value))
 
 
 # Files
@@ -332,6 +407,18 @@ def test_a_preset_tells_heads_but_not_the_activation(tmp_path, activation, monke
     assert config.vision_config.hidden_act == config.text_config.hidden_act == activation
 
 
+def test_openai_s_archives_have_no_other_activation(tmp_path, monkeypatch):
+    state = openai_state(tiny_config(activation="quick_gelu"))
+    archive = traced(tmp_path / "a.pt", state | {"input_resolution": torch.tensor(32)})
+    assert read_with_tokenizer(tmp_path, archive, activation="quick_gelu")
+    save_file(state, tmp_path / "published.safetensors")
+    sha256 = hashlib.sha256((tmp_path / "published.safetensors").read_bytes()).hexdigest()
+    monkeypatch.setitem(OPENAI_MODELS, "RN101", (sha256, "RN101.pt"))
+    for source in (archive, tmp_path / "published.safetensors"):
+        with pytest.raises(ValueError, match="declares hidden_act = 'quick_gelu': leave --activation out"):
+            read_with_tokenizer(tmp_path, source, activation="gelu")
+
+
 def test_what_is_declared_is_not_given_again(tmp_path):
     published_folder(tmp_path)
     with pytest.raises(ValueError, match="open_clip_config.json declares"):
@@ -391,8 +478,13 @@ def test_a_name_is_downloaded_once_and_checked(tmp_path, cache, monkeypatch):
     assert conversion.empty.config.text_config.hidden_act == "quick_gelu"
     (cached,) = cache.iterdir()
     cached.write_bytes(content[:-1] + b"x")
-    with pytest.raises(ValueError, match="SHA-256"):
+    with pytest.raises(ValueError, match=f"SHA-256.*delete {re.escape(str(cached))} first"):
         read_with_tokenizer(tmp_path, "ViT-B/32")
+
+
+def test_openai_s_files_have_no_revisions():
+    with pytest.raises(ValueError, match="RN50 .*leave --revision out"):
+        read_clip("RN50", revision="main")
 
 
 def test_a_local_file_is_known_by_its_hash_and_not_by_its_name(tmp_path, monkeypatch):
@@ -462,6 +554,49 @@ def test_a_tokenizer_of_another_library_is_not_taken_for_the_published_one():
     checkpoint = Checkpoint(openai_state(config, "meta"), {"open_clip_config.json": declared}, (Origin("x"),))
     with pytest.raises(ValueError, match="--tokenizer"):
         read_clip(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("hf_tokenizer_name", "google/mt5-base"), ("tokenizer_kwargs", {"clean": "canonicalize"})]
+)
+def test_another_declared_tokenizer_is_asked_for_though_one_lies_beside(whole_folder, field, value):
+    checkpoint = open_checkpoint(whole_folder)
+    checkpoint.configs["open_clip_config.json"]["model_cfg"]["text_cfg"][field] = value
+    with pytest.raises(ValueError, match=rf"text_cfg\.{field} = .*--tokenizer"):
+        read_clip(checkpoint)
+    assert read_clip(checkpoint, tokenizer=whole_folder)[1].tokenizer.get_vocab() == tokenizer().get_vocab()
+
+
+def test_a_tokenizer_that_a_repository_declares_as_its_own_lies_beside(whole_folder):
+    checkpoint = open_checkpoint(whole_folder)
+    text_cfg = checkpoint.configs["open_clip_config.json"]["model_cfg"]["text_cfg"]
+    for origin in (whole_folder.name, "someone/clip"):
+        text_cfg["hf_tokenizer_name"] = origin
+        processor = read_clip(replace(checkpoint, origins=(Origin(origin),)))[1]
+        assert processor.tokenizer.get_vocab() == tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"version": "1.0"}',
+        '{"model": "x"}',
+        '{"model": {"type": "BPE", "vocab": {"a": 0}}}',
+        '{"model": {"type": "BPE", "vocab": 3, "merges": []}}',
+        '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}',
+        '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a"]}}',
+        "[" * 100_000,
+    ],
+    ids=range(9),
+)
+def test_a_damaged_tokenizer_is_one_sentence(tmp_path, content):
+    save_file(openai_state(tiny_config()), tmp_path / "file.safetensors")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"^[^\n]*tokenizer[^\n]*$"):
+        read_clip(tmp_path / "file.safetensors", activation="gelu", tokenizer=tmp_path / "tokenizer")
 
 
 # Pictures
@@ -571,6 +706,58 @@ def test_a_tower_alone_with_and_without_its_prefix(tmp_path, model_class, peer_c
     assert (ours - reference).abs().max() <= 1e-5 * reference.abs().max()
 
 
+def test_a_picture_tower_takes_no_tokenizer(tmp_path):
+    CLIPVisionModel(transformers_config(tiny_config().vision_config)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="leave --tokenizer out"):
+        read_clip(tmp_path, tokenizer=tmp_path)
+
+
+OLD_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}  # of every early config.json on the Hub
+
+
+def test_the_ids_of_old_configs(tmp_path, capsys):
+    model, processor = our_model()
+    folder, out = save_as_transformers(model, processor, tmp_path / "source"), tmp_path / "out"
+    declared = json.loads((folder / "config.json").read_text())
+    declared["text_config"] |= OLD_IDS
+    (folder / "config.json").write_text(json.dumps(declared))
+    assert main(["convert", "clip", str(folder), str(out), "--check"]) == 0, capsys.readouterr().err
+    text, end = AutoModel.from_pretrained(out).config.text_config, len(tokenizer()) - 1
+    assert (text.bos_token_id, text.eos_token_id, text.pad_token_id) == (end - 1, end, end)
+
+
+def test_the_check_draws_every_id_but_the_end_token():
+    config = tiny_config().text_config
+    config.vocab_size, config.bos_token_id, config.eos_token_id = 6, 0, 3
+    for ids in peer_check_clip._texts(config).tolist():
+        length = ids.index(3)
+        assert 1 <= length < CONTEXT
+        assert set(ids[length:]) == {3}
+        assert set(ids[:length]) <= {0, 1, 2, 4, 5}
+
+
+MISTYPED = [
+    (("text_config",), "x"),
+    (("vision_config",), 3),
+    (("projection_dim",), "x"),
+    (("text_config", "vocab_size"), "x"),
+    (("text_config", "num_attention_heads"), 0),
+    (("text_config", "num_attention_heads"), 7),
+    (("text_config", "eos_token_id"), "x"),
+    (("vision_config", "hidden_act"), "swish9"),
+    (("vision_config", "image_size"), "x"),
+    (("vision_config", "patch_size"), 0),
+    (("vision_config", "num_hidden_layers"), "2"),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), MISTYPED, ids=str)
+def test_a_damaged_config_of_transformers_is_one_sentence(tmp_path, field, value):
+    folder = save_as_transformers(*our_model(), tmp_path / "source")
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        read_clip(damaged(folder, "config.json", field, value))
+
+
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_transformers_opens_what_is_written(tmp_path, activation):
     model, processor = our_model(tiny_config(activation=activation))
@@ -602,14 +789,36 @@ def test_transformers_layout_is_bit_equal_and_comes_back(tmp_path):
     assert list(again.image_processor.image_mean) == [0.3, 0.4, 0.5]
 
 
-def test_conventions_that_only_show_elsewhere_are_warned_of(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(conversion_clip.logger, "propagate", True)
-    monkeypatch.setattr(conversion_clip.logger.parent, "propagate", True)
+@pytest.fixture
+def warned(caplog, monkeypatch):
+    for logger in (conversion_clip.logger, layouts.logger, pictures_of_configs.logger):
+        monkeypatch.setattr(logger, "propagate", True)
+        monkeypatch.setattr(logger.parent, "propagate", True)
+    return caplog
+
+
+def test_conventions_that_only_show_elsewhere_are_warned_of(tmp_path, warned):
     model, _ = our_model()
     processor = MMClipProcessor(MMClipImageProcessorPil(size=32, convert_rgb_first=False), tokenizer())
     save_as_transformers(model, processor, tmp_path / "theirs")
-    assert "'bicubic_antialias'" in caplog.text
-    assert "palette" in caplog.text
+    assert "'bicubic_antialias'" in warned.text
+    assert "palette" in warned.text
+    assert "centre crop" in warned.text
+
+
+def test_the_two_crop_rules_differ_where_the_warning_says(tmp_path, warned):
+    model, processor = our_model()
+    theirs = CLIPProcessor.from_pretrained(save_as_transformers(model, processor, tmp_path / "theirs"))
+    assert "odd number of rows or columns" in warned.text
+    random = np.random.default_rng(0)
+    for width, differs in ((35, True), (36, False)):
+        picture = Image.fromarray(random.integers(0, 256, (32, width, 3), dtype=np.uint8))
+        ours, reference = (p(images=[picture], return_tensors="pt")["pixel_values"] for p in (processor, theirs))
+        assert ((ours - reference).abs().max() > 1) == differs
+    warned.clear()
+    uncropped = MMClipImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
+    save_as_transformers(model, MMClipProcessor(uncropped, tokenizer()), tmp_path / "other")
+    assert "centre crop" not in warned.text
 
 
 @pytest.mark.parametrize(
@@ -712,6 +921,30 @@ def test_a_missing_peer_is_one_sentence_before_anything_is_converted(tmp_path, c
     assert main(["convert", "clip", str(source), str(tmp_path / "out"), "--check"]) == 1
     assert "pip install open_clip_torch" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_differences_of_zeros():
+    zeros = torch.zeros(3)
+    assert peers.largest_difference(zeros, zeros) == 0
+    assert peers.largest_difference(zeros + 1e-3, zeros) > 1
+    assert peers.largest_difference(zeros, zeros + 2) == 1
+
+
+def test_the_check_of_pictures_of_one_channel(tmp_path, capsys):
+    config = tiny_config()
+    config.vision_config.num_channels = 1
+    model, processor = our_model(config)
+    save_as_transformers(model, processor, tmp_path / "source")
+    command = ["convert", "clip", str(tmp_path / "source"), str(tmp_path / "out"), "--check"]
+    assert main(command) == 0, capsys.readouterr().err
+
+
+def test_a_place_that_is_taken_is_found_before_the_source_is_read(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for out in ("file", "file/out"):
+        for way in ([], ["--to", "open_clip"]):
+            assert main(["convert", "clip", str(tmp_path / "no source"), str(tmp_path / out), *way]) == 1
+            assert "no source" not in capsys.readouterr().err
 
 
 def test_the_check_passes_and_fails_with_the_weights(tmp_path, capsys, monkeypatch):

@@ -112,6 +112,7 @@ def test_a_side_that_is_no_multiple_of_32_is_refused(shape):
         ({"depths": (1, 1, 1)}, r"depths.*\[1, 1, 1\]"),
         ({"depths": (1, 0, 1, 1)}, r"depths.*\[1, 0, 1, 1\]"),
         ({"num_attention_heads": 7}, r"num_attention_heads \(7\)"),
+        ({"num_attention_heads": -1}, r"num_attention_heads \(-1\)"),
         ({"image_size": 80}, "80.*32"),
         ({"width": 7}, "width \\(7\\) must be even"),
         ({"pos_embed_interpolation": "nearest"}, "pos_embed_interpolation.*nearest"),

@@ -13,8 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification, ViTModel
 
 from hf_mm.cli import main
+from hf_mm.conversion import layouts
+from hf_mm.conversion import pictures as pictures_of_configs
 from hf_mm.conversion.checkpoint import Checkpoint, Origin
 from hf_mm.conversion.engine import export
+from hf_mm.conversion.layouts import published_heads
 from hf_mm.conversion.rules import ConversionError
 from hf_mm.models.vit import conversion_vit
 from hf_mm.models.vit.configuration_vit import MMViTConfig
@@ -23,7 +26,6 @@ from hf_mm.models.vit.conversion_vit import (
     flax_rules,
     image_processor_from_timm,
     image_processor_from_transformers,
-    published_heads,
     read_vit,
     save_as_timm,
     save_as_transformers,
@@ -154,10 +156,46 @@ def test_a_file_of_the_authors_there_and_back(style):
     arrays = flax_arrays(config, CLASSES, **STYLES[style])
     model = read_vit(as_checkpoint(arrays))[0].build()
     options = dict(STYLES[style])
+    prefix = options.pop("prefix", "")
     if options.pop("big_vision", False):
         options["positions"] = "pos_embedding"
     back = export(model, flax_rules(model.config, type(model), **options))
-    assert_bit_equal(back, {name: torch.from_numpy(array) for name, array in arrays.items()})
+    assert_bit_equal(back, {name.removeprefix(prefix): torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def test_what_lies_beside_the_vision_transformer_is_left_out_and_named(tmp_path, warned):
+    """LiT and SigLIP have a text tower and a temperature beside it; training files an optimiser's state."""
+    for style, beside in (
+        ("big_vision", {"params/txt/Encoder_0/encoderblock_0/w": 3, "params/t": 1}),
+        ("optimizer", {"opt/state/param_states/Transformer/encoderblock_0/LayerNorm_0/scale/grad_ema": 3}),
+    ):
+        warned.clear()
+        arrays = flax_arrays(tiny_config(), CLASSES, **STYLES[style])
+        others = {name: np.zeros(size, np.float32) for name, size in beside.items()}
+        np.savez(tmp_path / f"{style}.npz", **others, **arrays)
+        model = read_vit(tmp_path / f"{style}.npz")[0].build()
+        assert_bit_equal(model.state_dict(), read_vit(as_checkpoint(arrays))[0].build().state_dict())
+        (warning,) = warned.messages
+        assert STYLES[style]["prefix"] in warning
+        assert all(name in warning for name in beside)
+
+
+def test_two_vision_transformers_in_a_file_are_refused():
+    arrays = {}
+    for prefix in ("teacher/", "student/"):
+        arrays |= flax_arrays(tiny_config(), CLASSES, prefix=prefix)
+    with pytest.raises(ConversionError, match="student/, teacher/"):
+        read_vit(as_checkpoint(arrays))
+
+
+def test_numbers_of_bfloat16_in_an_npz(tmp_path):
+    arrays = flax_arrays(tiny_config(), CLASSES)
+    halves = {name: torch.from_numpy(array).bfloat16() for name, array in arrays.items()}
+    np.savez(
+        tmp_path / "vit.npz", **{name: half.view(torch.int16).numpy().view("V2") for name, half in halves.items()}
+    )
+    model = read_vit(tmp_path / "vit.npz")[0].build()
+    assert_bit_equal(model.state_dict(), read_vit(as_checkpoint(halves))[0].build().state_dict())
 
 
 def test_a_rectangular_picture_has_to_be_said():
@@ -190,7 +228,7 @@ def test_a_damaged_npz_is_one_sentence(tmp_path, damage):
         path.write_text("not found")
     elif damage == "missing":
         path.unlink()
-    with pytest.raises(OSError, match=r"weights\.npz") as refusal:
+    with pytest.raises((ValueError, OSError), match=r"weights\.npz") as refusal:
         read_vit(path)
     assert "\n" not in str(refusal.value)
 
@@ -291,6 +329,21 @@ def test_another_pooler_is_refused(tmp_path):
         read_vit(tmp_path)
 
 
+def test_a_classifier_does_not_run_a_pooler_that_its_file_has(tmp_path, warned):
+    theirs = their_model()
+    theirs.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state |= {"vit.pooler.dense.weight": torch.randn(48, 48), "vit.pooler.dense.bias": torch.randn(48)}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = read_vit(tmp_path)[0].build()
+    assert not model.config.pre_logits
+    assert "vit.pooler.dense.bias, vit.pooler.dense.weight" in warned.text
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        reference = ViTForImageClassification.from_pretrained(tmp_path)(pixels).logits
+        assert largest_error(model(pixels).logits, reference) <= 1e-5
+
+
 def test_preprocessing_of_transformers():
     old = {"size": 40, "resample": 2, "image_mean": [0.1, 0.2, 0.3], "image_processor_type": "ViTFeatureExtractor"}
     new = {**old, "size": {"height": 40, "width": 40}}
@@ -381,7 +434,7 @@ TIMM = {"hidden_size": 128, "intermediate_size": 320, "hidden_act": "gelu", "lay
 def test_timm_s_names_there_and_back(model_class, changes):
     model = our_model(model_class, **TIMM, pos_embed_interpolation="bicubic_antialias", **changes)
     state = timm_state(model)
-    conversion, _ = read_vit(as_checkpoint(state))
+    conversion, _ = read_vit(as_checkpoint(state), activation="gelu")
     built = conversion.build()
     assert type(built) is model_class
     assert_bit_equal(built.state_dict(), model.state_dict())
@@ -401,7 +454,6 @@ def test_timm_s_names_there_and_back(model_class, changes):
 @pytest.mark.parametrize(
     ("declared", "activation"),
     [
-        ({}, "gelu"),
         ({"architecture": "vit_base_patch16_224"}, "gelu"),
         ({"architecture": "vit_small_patch16_gap_224"}, "gelu"),
         ({"architecture": "vit_base_patch16_224", "model_args": {"act_layer": "gelu_tanh"}}, "gelu_pytorch_tanh"),
@@ -413,9 +465,83 @@ def test_timm_s_names_there_and_back(model_class, changes):
 )
 def test_the_activation_that_timm_declares(declared, activation):
     checkpoint = as_checkpoint(timm_state(our_model(**TIMM)), {"config.json": declared})
-    assert read_vit(checkpoint)[0].empty.config.hidden_act == activation
-    chosen = read_vit(checkpoint, activation="gelu_pytorch_tanh")[0].empty.config
-    assert chosen.hidden_act == "gelu_pytorch_tanh"
+    for given in (None, activation):
+        assert read_vit(checkpoint, activation=given)[0].empty.config.hidden_act == activation
+    other = "quick_gelu" if activation != "quick_gelu" else "gelu"
+    with pytest.raises(ValueError, match=f"config.json declares activation = '{activation}': leave --activation out"):
+        read_vit(checkpoint, activation=other)
+
+
+@pytest.mark.parametrize(
+    ("declared", "given", "named"),
+    [
+        ({"model_args": {"num_heads": 4}}, {"num_attention_heads": 2}, "declares num_heads = 4: leave --heads out"),
+        (
+            {"architecture": "vit_base_patch16_224"},
+            {"num_attention_heads": 4},
+            "vit_base_patch16_224 in config.json declares num_heads = 2: leave --heads out",
+        ),
+        (
+            {"model_args": {"img_size": [32, 32]}},
+            {"image_size": (16, 64)},
+            r"declares img_size = \(32, 32\): leave --image-size out",
+        ),
+    ],
+)
+def test_what_timm_declares_is_not_given_otherwise(declared, given, named):
+    checkpoint = as_checkpoint(timm_state(our_model(**TIMM)), {"config.json": declared})
+    activation = None if "architecture" in declared else "gelu"
+    with pytest.raises(ValueError, match=named):
+        read_vit(checkpoint, activation=activation, **given)
+
+
+@pytest.fixture
+def warned(caplog, monkeypatch):
+    for logger in (conversion_vit.logger, layouts.logger, pictures_of_configs.logger):
+        monkeypatch.setattr(logger, "propagate", True)
+        monkeypatch.setattr(logger.parent, "propagate", True)
+    return caplog
+
+
+def test_a_lone_file_in_timm_s_names_is_asked_about_and_what_is_assumed_is_said(tmp_path, warned):
+    save_file(timm_state(our_model(**TIMM)), tmp_path / "file.safetensors")
+    with pytest.raises(ValueError, match=r"config\.json, or pass --activation"):
+        read_vit(tmp_path / "file.safetensors")
+    _, processor = read_vit(tmp_path / "file.safetensors", activation="gelu")
+    (warning,) = warned.messages
+    for value in (
+        "mean = (0.5, 0.5, 0.5)",
+        "std = (0.5",
+        "crop_pct = 0.9",
+        "crop_mode = center",
+        "interpolation = bic",
+    ):
+        assert value in warning
+    assert list(processor.image_mean) == [0.5, 0.5, 0.5]
+
+
+def test_only_what_timm_leaves_open_is_assumed(warned):
+    declared = {"crop_mode": "squash", "crop_pct": 1.0, "interpolation": "bilinear", "mean": [0.1, 0.2, 0.3]}
+    image_processor_from_timm({**declared, "std": [0.1, 0.2, 0.3]}, 32)
+    assert not warned.messages
+    image_processor_from_timm(declared, 32)
+    (warning,) = warned.messages
+    assert "std = (0.5" in warning
+    assert "mean" not in warning
+
+
+def test_the_older_config_of_timm_declares_pictures_at_its_top(warned):
+    pictures_of = {
+        "crop_mode": "squash",
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "mean": [0.1] * 3,
+        "std": [0.2] * 3,
+    }
+    declared = {"architecture": "vit_base_patch16_224", **pictures_of}
+    _, processor = read_vit(as_checkpoint(timm_state(our_model(**TIMM)), {"config.json": declared}))
+    assert list(processor.image_mean) == [0.1] * 3
+    assert not warned.messages
 
 
 @pytest.mark.parametrize(
@@ -425,6 +551,7 @@ def test_the_activation_that_timm_declares(declared, activation):
         ({"model_args": {"act_layer": "swish"}}, "'swish'"),
         ({"model_args": {"norm_layer": "rmsnorm"}}, "norm_layer = 'rmsnorm'"),
         ({"global_pool": "avg"}, "'avg' with a class token"),
+        ({"model_args": {"num_heads": 2}}, "timm's model has.*--activation"),
     ],
 )
 def test_what_timm_builds_otherwise_is_named(declared, named):
@@ -438,9 +565,10 @@ def test_heads_of_timm_s_models():
     model = our_model(hidden_act="gelu")
     checkpoint = as_checkpoint(timm_state(model))
     with pytest.raises(ConversionError, match="48.*heads"):
-        read_vit(checkpoint)
-    assert read_vit(checkpoint, num_attention_heads=3)[0].empty.config.num_attention_heads == 3
-    declared = as_checkpoint(timm_state(model), {"config.json": {"model_args": {"num_heads": 4}}})
+        read_vit(checkpoint, activation="gelu")
+    given = read_vit(checkpoint, num_attention_heads=3, activation="gelu")[0]
+    assert given.empty.config.num_attention_heads == 3
+    declared = as_checkpoint(timm_state(model), {"config.json": {"model_args": {"num_heads": 4, "act_layer": "gelu"}}})
     assert read_vit(declared)[0].empty.config.num_attention_heads == 4
 
 
@@ -448,7 +576,7 @@ def test_a_class_token_without_position_is_refused():
     state = timm_state(our_model(**TIMM))
     state["pos_embed"] = state["pos_embed"][:, 1:]
     with pytest.raises(ValueError, match="no_embed_class"):
-        read_vit(as_checkpoint(state))
+        read_vit(as_checkpoint(state), activation="gelu")
 
 
 def test_preprocessing_of_timm():
@@ -514,6 +642,71 @@ def test_pictures_that_timm_cannot_prepare_leave_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# Damaged configs
+
+
+MISTYPED = {
+    "timm": [
+        {"architecture": 3, "model_args": {"act_layer": None}},
+        {"model_args": "x"},
+        {"model_args": {"num_heads": "2"}},
+        {"model_args": {"num_heads": 7}},
+        {"model_args": {"img_size": "x"}},
+        {"model_args": {"act_layer": ["gelu"]}},
+        {"pretrained_cfg": "x"},
+        {"pretrained_cfg": {"crop_pct": "x"}},
+        {"pretrained_cfg": {"crop_pct": 0}},
+        {"pretrained_cfg": {"mean": "x"}},
+        {"pretrained_cfg": {"std": [0.5, 0.5]}},
+        {"pretrained_cfg": {"interpolation": 3}},
+    ],
+    "transformers": [
+        {"model_type": 3},
+        {"hidden_size": "48"},
+        {"hidden_size": 0},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 7},
+        {"num_hidden_layers": -1},
+        {"hidden_act": "x"},
+        {"image_size": "x"},
+        {"patch_size": 0},
+        {"layer_norm_eps": "x"},
+        {"id2label": 3},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "change"), [(layout, change) for layout in MISTYPED for change in MISTYPED[layout]]
+)
+def test_a_damaged_config_is_one_sentence(tmp_path, layout, change, capsys):
+    if layout == "timm":
+        folder = save_as_timm(
+            our_model(**TIMM), MMViTImageProcessorPil(size={"height": 32, "width": 32}), tmp_path / "x"
+        )
+    else:
+        folder = tmp_path / "x"
+        their_model().save_pretrained(folder)
+    declared = json.loads((folder / "config.json").read_text())
+    for name, value in change.items():
+        declared[name] = {**declared.get(name, {}), **value} if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(declared))
+    capsys.readouterr()
+    assert main(["convert", "vit", str(folder), str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "declared", [{"image_mean": "x"}, {"size": "x"}, {"resample": "x"}, {"image_std": [1.0, 1.0]}]
+)
+def test_a_damaged_preprocessor_config_is_one_sentence(tmp_path, declared):
+    their_model().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(declared))
+    with pytest.raises(ValueError, match=r"^preprocessor_config\.json [^\n]*$"):
+        read_vit(tmp_path)
+
+
 # The command
 
 
@@ -529,6 +722,22 @@ def test_the_command_writes_a_folder_that_opens(tmp_path, capsys):
     assert "ViT-B_16.npz" in (out / "README.md").read_text()
     (source,) = json.loads((out / "conversion.json").read_text())["sources"]
     assert len(source["sha256"]) == 64
+
+
+def test_a_place_that_is_taken_is_found_before_anything_is_read(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for out in ("file", "file/out"):
+        assert main(["convert", "vit", str(tmp_path / "no source.npz"), str(tmp_path / out)]) == 1
+        error = capsys.readouterr().err
+        assert str(tmp_path / out) in error
+        assert "no source" not in error
+
+
+def test_no_revision_of_a_local_file(tmp_path, capsys):
+    np.savez(tmp_path / "ViT-B_16.npz", **flax_arrays(tiny_config(), CLASSES))
+    command = ["convert", "vit", str(tmp_path / "ViT-B_16.npz"), str(tmp_path / "out"), "--revision", "main"]
+    assert main(command) == 1
+    assert "revision" in capsys.readouterr().err
 
 
 def test_the_check_against_transformers(tmp_path, capsys, monkeypatch):
