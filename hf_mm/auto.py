@@ -28,6 +28,9 @@ from .models.clip.modeling_clip import MMClipModel, MMClipTextModel, MMClipVisio
 from .models.clip.modeling_clip_resnet import MMClipResNetModel
 from .models.clip.processing_clip import MMClipProcessor
 from .models.clip.tokenization_clip import MMClipTokenizer
+from .models.pic2word.configuration_pic2word import Pic2WordConfig, Pic2WordMapperConfig
+from .models.pic2word.modeling_pic2word import Pic2WordMapper, Pic2WordModel
+from .models.pic2word.processing_pic2word import Pic2WordProcessor
 from .models.vit.configuration_vit import MMViTConfig
 from .models.vit.image_processing_vit import MMViTImageProcessorPil
 from .models.vit.modeling_vit import MMViTForImageClassification, MMViTModel
@@ -74,6 +77,8 @@ MODELS = {
         tokenizer=MMClipTokenizer,
         processor=MMClipProcessor,
     ),
+    "pic2word_mapper": Entry(Pic2WordMapperConfig, {AutoModel: Pic2WordMapper}),
+    "pic2word": Entry(Pic2WordConfig, {AutoModel: Pic2WordModel}, processor=Pic2WordProcessor),
 }
 
 

@@ -332,7 +332,7 @@ def _room_for(pictures: list[np.ndarray], dtype: type, one_block: bool) -> np.nd
 
 
 def _leaves(images: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if _is_nest(images):
+    if is_nest(images):
         for index, image in enumerate(images):
             yield from _leaves(image, (*place, str(index)))
     else:
@@ -343,7 +343,8 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, torch.Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "buif")
 
 
-def _is_nest(value: Any) -> bool:
+def is_nest(value: Any) -> bool:
+    """Whether it holds pictures rather than being one: a list, a column, a batch array."""
     if _is_array(value):
         return value.ndim == 4
     return isinstance(value, Iterable) and not isinstance(value, (str, bytes, bytearray, Mapping, Image.Image))

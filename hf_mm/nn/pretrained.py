@@ -44,8 +44,9 @@ class MMPreTrainedModel(PreTrainedModel):
             self.enable_input_require_grads()
 
     def train(self, mode: bool = True):
-        """See `torch.nn.Module.train`. Warns of float16 weights, in which Adam's default eps is zero."""
-        if mode and self.dtype == torch.float16:
+        """See `torch.nn.Module.train`. Warns of float16 weights that train, in which Adam's default eps is zero."""
+        trained = next((p for p in self.parameters() if p.requires_grad), None) if mode else None
+        if trained is not None and trained.dtype == torch.float16:
             logger.warning_once(
                 "The weights are float16, in which plain Adam ends in NaN: open the model with dtype=torch.float32 and "
                 "train with fp16=True or bf16=True."

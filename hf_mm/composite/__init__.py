@@ -1,0 +1,1 @@
+"""What every model with frozen parts shares."""

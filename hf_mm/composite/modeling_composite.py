@@ -1,0 +1,177 @@
+"""What every model with frozen parts is."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, cached_file
+
+from ..nn.pretrained import MMPreTrainedModel
+from .fingerprint import fingerprint
+from .freezing import checkpoints_unheld, freeze, has_adapters, hold_frozen, is_trained
+
+TRAINED_PART = "trained_part.safetensors"
+BASE_MODELS = "base_models.json"
+
+
+class MMCompositeModel(MMPreTrainedModel):
+    """A model some of whose parts begin frozen.
+
+    A frozen part is like any other but that it stays in eval mode and bit-equal in training. To train one,
+    ``model.part.requires_grad_(True)``; to adapt it, give it PEFT adapters.
+
+    Attributes:
+        frozen_parts: the parts that begin frozen, each a `PreTrainedModel` that ``__init__`` takes by its name, with the
+            AutoClass that opens one and with a config called ``<part>_config``. The composite's `base_models` says where
+            each came from:
+            ``{part: {"name": folder or Hub id, "revision": commit or None}}``.
+    """
+
+    frozen_parts: dict[str, type] = {}
+
+    def post_init(self):
+        super().post_init()
+        self._freeze_parts()
+
+    def _part_or_new(self, name: str, part: PreTrainedModel | None) -> PreTrainedModel:
+        """A part that was handed over, whose config becomes that of the composite; or a new one from its config."""
+        if part is None:
+            return self.frozen_parts[name].from_config(getattr(self.config, f"{name}_config"))
+        setattr(self.config, f"{name}_config", part.config)
+        for module in part.modules():
+            module._is_hf_initialized = True  # or post_init would begin adapters and layers of the user's anew
+        return part
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """See `transformers.PreTrainedModel.from_pretrained`, which makes every parameter trainable."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
+        model._freeze_parts()
+        return loaded
+
+    def _freeze_parts(self) -> None:
+        for _, part in self._parts():
+            freeze(part)
+
+    def train(self, mode: bool = True):
+        """See `torch.nn.Module.train`; frozen parts stay in eval mode."""
+        super().train(mode)
+        for _, part in self._parts():
+            hold_frozen(part)
+        return self
+
+    def hold_frozen_parts(self) -> None:
+        """Undoes what a call of `train()` on a part, or on anything in it, did. Every forward begins with it."""
+        if torch.compiler.is_compiling():
+            return
+        for _, part in self._parts():
+            if any(module.training or checkpoints_unheld(module) for module in part.modules()):
+                hold_frozen(part)
+
+    def save_trained_part(self, folder: str | Path) -> None:
+        """Saves everything but the frozen parts, and which these are: their names, revisions and fingerprints.
+
+        Raises:
+            ValueError: a frozen part has weights that train, or adapters.
+        """
+        for name, part in self._parts():
+            if is_trained(part) or has_adapters(part):
+                raise ValueError(
+                    f"{name} has weights that train, or adapters, which the trained part alone would lose: save the whole "
+                    "model with save_pretrained, or its adapters with PEFT."
+                )
+        bases = {
+            name: {
+                **(self.config.base_models or {}).get(name, {"name": None, "revision": None}),
+                "dtype": str(part.dtype).removeprefix("torch."),
+                "fingerprint": fingerprint(part),
+            }
+            for name, part in self._parts()
+        }
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".incomplete-") as aside:
+            aside = Path(aside)
+            self.config.save_pretrained(aside)
+            (aside / BASE_MODELS).write_text(json.dumps(bases, indent=2))
+            trained = {name: tensor.contiguous() for name, tensor in self._trained_state().items()}
+            save_file(trained, aside / TRAINED_PART, metadata={"format": "pt"})
+            for file in sorted(aside.iterdir()):
+                os.replace(file, folder / file.name)
+
+    @classmethod
+    def from_trained_part(
+        cls, folder: str, dtype: torch.dtype | None = None, **parts: str | PreTrainedModel
+    ) -> "MMCompositeModel":
+        """Opens what `save_trained_part` saved, over its frozen parts.
+
+        Args:
+            folder: of the trained part, or a Hub id.
+            dtype: of the whole model; by default each part has that with which it was saved.
+            **parts: for each frozen part that is not where it was, its folder, its Hub id, or the model itself.
+
+        Raises:
+            OSError: a file of the trained part is missing.
+            ValueError: a frozen part is not the one that this was trained on, cannot be found, or the trained part's
+                weights are not those of the model.
+        """
+        if unknown := parts.keys() - cls.frozen_parts.keys():
+            raise TypeError(f"{cls.__name__} has no frozen part {sorted(unknown)}: it has {list(cls.frozen_parts)}.")
+        bases = json.loads(Path(cached_file(folder, BASE_MODELS)).read_text())
+        if (config_file := cached_file(folder, CONFIG_NAME)) is None:
+            raise OSError(f"{folder} has no {CONFIG_NAME}: copy or download the trained part again.")
+        config = cls.config_class.from_json_file(config_file)
+        opened = {name: cls._open_part(name, base, parts.get(name)) for name, base in bases.items()}
+        model = cls(config, **opened)
+        try:
+            trained = load_file(cached_file(folder, TRAINED_PART))
+        except SafetensorError as error:
+            raise OSError(
+                f"the trained part in {folder} is cut short ({error}): copy or download it again."
+            ) from error
+        own = model._trained_state()
+        if wrong := trained.keys() ^ own.keys() or {n for n in own if own[n].shape != trained[n].shape}:
+            raise ValueError(
+                f"{folder} is no trained part of a {cls.__name__} of its config: {sorted(wrong)[:3]} differ."
+            )
+        model.load_state_dict(trained, strict=False, assign=True)
+        return (model if dtype is None else model.to(dtype)).eval()
+
+    @classmethod
+    def _open_part(cls, name: str, base: dict, given: str | PreTrainedModel | None) -> PreTrainedModel:
+        source = base["name"] if given is None else given
+        if not source:
+            raise ValueError(
+                f"where its {name} came from was not recorded: pass {name}=, a folder, a Hub id or the model."
+            )
+        named = "the model given" if isinstance(given, PreTrainedModel) else source
+        if isinstance(source, (str, os.PathLike)):
+            revision = base["revision"] if given is None else None
+            dtype = getattr(torch, base["dtype"])
+            try:
+                source = cls.frozen_parts[name].from_pretrained(source, revision=revision, dtype=dtype)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"its {name} cannot be opened from {named} ({error}): pass {name}=, a folder, a Hub id or the model."
+                ) from error
+        if (found := fingerprint(source)) != base["fingerprint"]:
+            raise ValueError(
+                f"{named} is not the {name} that this was trained on: its weights have the fingerprint "
+                f"{found}, not {base['fingerprint']}"
+                + (f" (revision {base['revision']})" if base["revision"] else "")
+                + f"; pass the right one as {name}=."
+            )
+        return source
+
+    def _parts(self):
+        return ((name, self.get_submodule(name)) for name in self.frozen_parts)
+
+    def _trained_state(self) -> dict[str, torch.Tensor]:
+        frozen = tuple(f"{name}." for name in self.frozen_parts)
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(frozen)}
