@@ -8,7 +8,7 @@ import pickle
 import re
 import zipfile
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -100,7 +100,12 @@ def merge(*checkpoints: Checkpoint) -> Checkpoint:
 
 
 def open_checkpoint(
-    source: str | Path, *, revision: str | None = None, sha256: str | None = None, token: str | bool | None = None
+    source: str | Path,
+    *,
+    entries: Sequence[str] = (),
+    revision: str | None = None,
+    sha256: str | None = None,
+    token: str | bool | None = None,
 ) -> Checkpoint:
     """Opens published weights without executing anything in them.
 
@@ -111,27 +116,31 @@ def open_checkpoint(
     Args:
         source: a file, a folder, or an id on the Hub, of which the weights in one format and the small files beside them
             are downloaded.
+        entries: the state dicts of a training checkpoint that are wanted, where it holds several. Tensors then have the
+            entry's name before their own, as in ``"state_dict.visual.proj"``, and `Checkpoint.select` parts them.
         revision: branch, tag or commit on the Hub.
         sha256: published hash of the file of weights, which is compared before anything in the file is parsed.
         token: for repositories on the Hub that are not public.
 
     Raises:
         ConversionError: the file has another hash, is cut short, holds what is no tensor, or asks for code; or the folder
-            holds no weights, or several files of which none is known.
+            holds no weights, or several files of which none is known; or the file lacks one of the entries.
         OSError: there is no such file or folder, and the Hub does not answer or has no such repository.
     """
     path = Path(source)
     if revision is not None and path.exists():
         raise ValueError(f"{path.name} is a local path, which has no revisions: leave revision out.")
     if path.is_file():
-        return _open([path], None, Origin(path.name), sha256)
+        return _open([path], None, Origin(path.name), sha256, entries)
     if path.is_dir():
-        return _open(_weight_files(path), path, Origin(path.resolve().name), sha256)
+        return _open(_weight_files(path), path, Origin(path.resolve().name), sha256, entries)
     folder = _download(str(source), revision, token)
-    return _open(_weight_files(folder), folder, Origin(str(source), folder.name), sha256)
+    return _open(_weight_files(folder), folder, Origin(str(source), folder.name), sha256, entries)
 
 
-def _open(files: list[Path], folder: Path | None, origin: Origin, sha256: str | None) -> Checkpoint:
+def _open(
+    files: list[Path], folder: Path | None, origin: Origin, sha256: str | None, entries: Sequence[str]
+) -> Checkpoint:
     if len(files) == 1:
         origin = replace(origin, sha256=_sha256(files[0]))
         if sha256 is not None and origin.sha256 != sha256.lower():
@@ -142,23 +151,29 @@ def _open(files: list[Path], folder: Path | None, origin: Origin, sha256: str | 
         raise ValueError(
             f"{origin.name} has {len(files)} files of weights, which one SHA-256 cannot be compared with."
         )
-    tensors = _without_prefixes(_joined([_read(file) for file in files], origin.name))
+    tensors = _joined([_read(file, entries) for file in files], origin.name)
+    if not entries:
+        tensors = _without_prefixes(tensors)
     if not tensors:
         raise ConversionError(f"{origin.name} holds no tensors.")
     return Checkpoint(tensors, _configs(folder) if folder else {}, (origin,), folder)
 
 
-def _read(file: Path) -> Mapping[str, torch.Tensor]:
+def _read(file: Path, entries: Sequence[str]) -> Mapping[str, torch.Tensor]:
     """The tensors of one file, by what it holds where its name does not tell."""
     with file.open("rb") as opened:
         head = opened.read(9)
-    if file.suffix == ".safetensors" or head[8:] == b"{":
+    safetensors = file.suffix == ".safetensors" or head[8:] == b"{"
+    if entries and (safetensors or file.suffix == ARRAYS or is_archive(file)):
+        raise ConversionError(f"{file.name} has no entry {listed(entries)}: it is no training checkpoint.")
+    if safetensors:
         return _safetensors(file)
     if file.suffix == ARRAYS:
         return _arrays(file)
     if is_archive(file):
         return read_archive(file)
-    tensors = _unwrapped(_unpickled(file, is_zip=head.startswith(b"PK")), file.name)
+    content = _unpickled(file, is_zip=head.startswith(b"PK"))
+    tensors = _entries(content, entries, file.name) if entries else _unwrapped(content, file.name)
     with refusing(file, "file of weights"):
         check_expansion(tensors, file)
     return tensors
@@ -249,6 +264,21 @@ def _unwrapped(content: Any, file_name: str) -> dict[str, torch.Tensor]:
     while isinstance(content, dict) and id(content) not in seen:
         seen.add(id(content))
         content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
+    return _named(content, file_name)
+
+
+def _entries(content: Any, entries: Sequence[str], file_name: str) -> dict[str, torch.Tensor]:
+    """The state dicts that a training checkpoint has under these names, which come before those of the tensors."""
+    found = content if isinstance(content, dict) else {}
+    if missing := [entry for entry in entries if entry not in found]:
+        there = f"it has {listed(map(str, found))}" if found else "it is no training checkpoint"
+        raise ConversionError(f"{file_name} has no entry {listed(missing)}: {there}.")
+    parts = {entry: _without_prefixes(_named(found[entry], f"{entry} of {file_name}")) for entry in entries}
+    return {f"{entry}.{name}": tensor for entry, part in parts.items() for name, tensor in part.items()}
+
+
+def _named(content: Any, file_name: str) -> dict[str, torch.Tensor]:
+    """What is read from a file, if that is tensors by their names."""
     if not isinstance(content, dict):
         raise ConversionError(f"{file_name} holds a {type(content).__name__}, where named tensors were expected.")
     if unnamed := [f"{name!r:.80}" for name in content if not isinstance(name, str)]:

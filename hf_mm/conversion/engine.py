@@ -7,9 +7,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from transformers import initialization as init
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..version import __version__
-from .checkpoint import Checkpoint
-from .rules import ConversionError, Rule, Step, inverse, listed, plan, run
+from .checkpoint import Checkpoint, merge
+from .rules import ConversionError, Rule, Step, inverse, listed, plan, rename, run
 
 RECORD = "conversion.json"
 SAFETENSORS_DTYPES = {
@@ -160,6 +160,40 @@ def convert(
     if complaints:
         raise ConversionError(f"The checkpoint does not fit: {listed(complaints)}.")
     return Conversion(checkpoint, tuple(steps), empty)
+
+
+def compose(
+    parts: Mapping[str, Conversion],
+    *,
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    dtype: torch.dtype = torch.float32,
+) -> Conversion:
+    """Conversions of all parts of a model, each from its own source, as one of the whole. Nothing is computed or written.
+
+    Args:
+        parts: by the name of the attribute that holds the part, such as ``"vision_tower"``.
+        model_class, config, dtype: of the whole, see `convert`.
+
+    Returns:
+        The conversion; it records the sources of all parts, each once.
+
+    Raises:
+        ConversionError: the parts do not have the names and shapes of the whole. The message lists the names.
+    """
+    source = merge(*(part.checkpoint.with_prefix(f"{name}.") for name, part in parts.items()))
+    source = replace(source, origins=tuple(dict.fromkeys(source.origins)))
+    given = {
+        f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in stored_tensors(part.empty).items()
+    }
+    same = [rename("{name*}", "{name*}")]
+    whole = convert(replace(source, tensors=given), model_class=model_class, config=config, rules=same, dtype=dtype)
+    steps = tuple(
+        Step(*(tuple(f"{name}.{key}" for key in keys) for keys in (step.sources, step.targets)), step.transform)
+        for name, part in parts.items()
+        for step in part.steps
+    )
+    return replace(whole, checkpoint=source, steps=steps)
 
 
 def export(model: PreTrainedModel, rules: Iterable[Rule]) -> dict[str, torch.Tensor]:

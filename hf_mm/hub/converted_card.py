@@ -18,7 +18,16 @@ TASKS = {
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForCausalLM": "text-generation",
 }
-TEXT_TASKS = {"zero-shot-image-classification", "feature-extraction", "image-text-to-text", "text-generation"}
+COMPOSED = "composed-image-retrieval"
+TYPE_TASKS = {"pic2word": COMPOSED}  # of a trunk with a pipeline of ours
+HUB_TAGS = {COMPOSED: "image-feature-extraction"}  # of a task that the Hub does not know
+TEXT_TASKS = {
+    "zero-shot-image-classification",
+    "feature-extraction",
+    "image-text-to-text",
+    "text-generation",
+    COMPOSED,
+}
 
 
 def converted_card(
@@ -27,6 +36,8 @@ def converted_card(
     origins: Sequence[Mapping[str, Any]],
     license: str,
     model_name: str,
+    changes: Sequence[str] = (),
+    license_note: str = "",
 ) -> ModelCard:
     """The card of weights that were published elsewhere and are stored here in the layout of hf_mm.
 
@@ -39,6 +50,8 @@ def converted_card(
             local path only the last part is printed), and where known ``"revision"`` and ``"sha256"``.
         license: of the weights, an id of the Hub: ``"other"`` where it is not known.
         model_name: what the reader opens: a folder, or the id of the repository.
+        changes: sentences about what else this conversion did than to rename tensors.
+        license_note: what is known of a licence that is ``"other"``.
 
     Returns:
         The card, with metadata for the Hub.
@@ -57,6 +70,8 @@ def converted_card(
         model_name=model_name,
         metadata={"base_model": base_models or None},
         origins=[_shown(origin) for origin in origins],
+        changes=changes,
+        license_note=license_note,
     )
 
 
@@ -114,7 +129,7 @@ def _card(
     data = ModelCardData(
         license=license,
         library_name="transformers",
-        pipeline_tag=task,
+        pipeline_tag=HUB_TAGS.get(task, task),
         tags=["hf_mm", config.model_type],
         **metadata,
     )
@@ -134,8 +149,11 @@ def _card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
-def task_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
-    """The Hub's ``pipeline_tag`` of a model class of the table: by its AutoClass, for trunks by what they read.
+def task_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str | None:
+    """The task of a model class of the table: by its AutoClass, for trunks by their type or by what they read.
+
+    Returns:
+        The name of its pipeline; None for a part that reads what no pipeline takes.
 
     Raises:
         ValueError: the table has no such class for this type of model.
@@ -143,7 +161,8 @@ def task_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str
     auto_class = _auto_class_of(model_class, config)
     if auto_class in TASKS:
         return TASKS[auto_class]
-    return "image-feature-extraction" if model_class.main_input_name == "pixel_values" else "feature-extraction"
+    by_input = {"pixel_values": "image-feature-extraction", "input_ids": "feature-extraction"}
+    return TYPE_TASKS.get(config.model_type, by_input.get(model_class.main_input_name))
 
 
 def count_parameters(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> int:

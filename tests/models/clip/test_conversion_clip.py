@@ -9,12 +9,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from contract.cases import CONTEXT, clip_config, pictures, tokenizer, vocabulary
+from contract.cases import CONTEXT, clip_config, pictures, tokenizer
 from contract.published import open_clip_json, openai_state
-from PIL import Image
+from published_clips import essentials, our_model, published_folder, read_with_tokenizer, tiny_config
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -29,8 +28,7 @@ from transformers import (
 )
 
 from hf_mm.cli import main
-from hf_mm.conversion import layouts, peers
-from hf_mm.conversion import pictures as pictures_of_configs
+from hf_mm.conversion import peers
 from hf_mm.conversion.checkpoint import Checkpoint, Origin, open_checkpoint
 from hf_mm.conversion.layouts import mlp_ratio
 from hf_mm.conversion.rules import ConversionError
@@ -40,74 +38,16 @@ from hf_mm.models.clip import conversion_clip, peer_check_clip
 from hf_mm.models.clip.configuration_clip import MMClipConfig
 from hf_mm.models.clip.conversion_clip import (
     VARIANTS,
-    VOCABULARY,
     export_transformers,
-    image_processor_from_transformers,
-    published_tokenizer,
     read_clip,
     save_as_open_clip,
     save_as_transformers,
     transformers_config,
 )
-from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
-from hf_mm.models.clip.modeling_clip import MMClipModel, MMClipTextModel, MMClipVisionModel
-from hf_mm.models.clip.open_clip_config import (
-    config_from_open_clip,
-    config_from_open_clip_shapes,
-    image_processor_from_open_clip,
-    open_clip_config,
-    open_clip_preprocessing,
-)
+from hf_mm.models.clip.modeling_clip import MMClipTextModel, MMClipVisionModel
+from hf_mm.models.clip.open_clip_config import config_from_open_clip, config_from_open_clip_shapes, open_clip_config
 from hf_mm.models.clip.openai_files import OPENAI_MODELS
 from hf_mm.models.clip.presets_clip import PRESETS, preset
-from hf_mm.models.clip.processing_clip import MMClipProcessor
-
-TOWER = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
-RESNET = {
-    "model_type": "mm_clip_resnet",
-    "depths": [1, 2, 1, 1],
-    "width": 8,
-    "num_attention_heads": 4,
-    "image_size": 64,
-}
-
-
-def tiny_config(resnet: bool = False, activation: str = "gelu", **fields) -> MMClipConfig:
-    """Widths of 64, whose heads shapes tell."""
-    vision = {**TOWER, "num_attention_heads": 1, "image_size": 32, "patch_size": 8, "hidden_act": activation}
-    text = {**TOWER, "num_attention_heads": 1, "hidden_act": activation, **vocabulary()}
-    return MMClipConfig(
-        vision_config={**(RESNET if resnet else vision), "projection_dim": 24},
-        text_config={**text, "projection_dim": 24},
-        projection_dim=24,
-        **fields,
-    )
-
-
-def published_folder(folder, config=None, declared=True, text_prefix=""):
-    """What push_to_hf_hub of open_clip leaves, with a small vocabulary."""
-    config = config or tiny_config()
-    tokenizer().save_pretrained(folder)
-    save_file(openai_state(config, text_prefix=text_prefix), folder / "open_clip_model.safetensors")
-    if declared:
-        (folder / "open_clip_config.json").write_text(json.dumps(open_clip_json(config)))
-    return folder
-
-
-def read_with_tokenizer(folder, path, **options):
-    """Reads a lone file; the tokenizer lies in the folder."""
-    tokenizer().save_pretrained(folder / "tokenizer")
-    return read_clip(path, tokenizer=folder / "tokenizer", **options)
-
-
-def essentials(config) -> dict:
-    ignored = {"architectures", "dtype", "transformers_version", "_name_or_path"}
-    return {
-        name: essentials(value) if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
-        for name, value in (config if isinstance(config, dict) else config.to_dict()).items()
-        if name not in ignored
-    }
-
 
 # Sizes
 
@@ -253,11 +193,6 @@ def test_numerics_without_equivalent_are_named(numerics):
     declared["text_cfg"] |= numerics
     with pytest.raises(ValueError, match=next(iter(numerics))):
         config_from_open_clip(declared)
-
-
-@pytest.fixture(scope="module")
-def whole_folder(tmp_path_factory):
-    return published_folder(tmp_path_factory.mktemp("published"))
 
 
 def fields_of(declared: dict, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -507,171 +442,7 @@ def test_a_download_that_fails_is_one_sentence(cache, monkeypatch):
         read_clip("RN50")
 
 
-# Tokenizers
-
-
-def test_the_published_vocabulary_is_the_published_file():
-    sha256 = hashlib.sha256(VOCABULARY.read_bytes()).hexdigest()
-    assert sha256 == "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-    published = published_tokenizer()
-    assert len(published) == 49408
-    assert published("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
-    assert published("*, *").input_ids == [49406, 41895, 265, 49407]
-
-
-@pytest.mark.parametrize("files", [["tokenizer.json"], ["vocab.json", "merges.txt"]])
-def test_the_vocabulary_beside_the_weights_is_taken(tmp_path, files):
-    published_folder(tmp_path)
-    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
-    if files != ["tokenizer.json"]:
-        (tmp_path / "tokenizer.json").unlink()
-        (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-        (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    _, processor = read_clip(tmp_path)
-    text = "A yellow triangle over a red square, 12 times"
-    assert processor.tokenizer(text).input_ids == tokenizer()(text).input_ids
-    assert processor.tokenizer.model_max_length == CONTEXT
-
-
-def test_an_unknown_vocabulary_is_asked_for(tmp_path):
-    published_folder(tmp_path)
-    (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=rf"{len(tokenizer())}.*49408.*--tokenizer"):
-        read_clip(tmp_path)
-    with pytest.raises(ValueError, match="holds no CLIP vocabulary"):
-        read_clip(tmp_path, tokenizer=tmp_path)
-    published_tokenizer().save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=rf"49408 ids.*49407.*{len(tokenizer())}.*--tokenizer"):
-        read_clip(tmp_path, tokenizer=tmp_path / "other")
-
-
-def test_a_tokenizer_of_another_library_is_not_taken_for_the_published_one():
-    config = tiny_config()
-    config.text_config.vocab_size, config.text_config.eos_token_id = 49408, 49407
-    declared = open_clip_json(config)
-    declared["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "google/mt5-base"
-    checkpoint = Checkpoint(openai_state(config, "meta"), {"open_clip_config.json": declared}, (Origin("x"),))
-    with pytest.raises(ValueError, match="--tokenizer"):
-        read_clip(checkpoint)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("hf_tokenizer_name", "google/mt5-base"), ("tokenizer_kwargs", {"clean": "canonicalize"})]
-)
-def test_another_declared_tokenizer_is_asked_for_though_one_lies_beside(whole_folder, field, value):
-    checkpoint = open_checkpoint(whole_folder)
-    checkpoint.configs["open_clip_config.json"]["model_cfg"]["text_cfg"][field] = value
-    with pytest.raises(ValueError, match=rf"text_cfg\.{field} = .*--tokenizer"):
-        read_clip(checkpoint)
-    assert read_clip(checkpoint, tokenizer=whole_folder)[1].tokenizer.get_vocab() == tokenizer().get_vocab()
-
-
-def test_a_tokenizer_that_a_repository_declares_as_its_own_lies_beside(whole_folder):
-    checkpoint = open_checkpoint(whole_folder)
-    text_cfg = checkpoint.configs["open_clip_config.json"]["model_cfg"]["text_cfg"]
-    for origin in (whole_folder.name, "someone/clip"):
-        text_cfg["hf_tokenizer_name"] = origin
-        processor = read_clip(replace(checkpoint, origins=(Origin(origin),)))[1]
-        assert processor.tokenizer.get_vocab() == tokenizer().get_vocab()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{",
-        "[]",
-        '{"version": "1.0"}',
-        '{"model": "x"}',
-        '{"model": {"type": "BPE", "vocab": {"a": 0}}}',
-        '{"model": {"type": "BPE", "vocab": 3, "merges": []}}',
-        '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}',
-        '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a"]}}',
-        "[" * 100_000,
-    ],
-    ids=range(9),
-)
-def test_a_damaged_tokenizer_is_one_sentence(tmp_path, content):
-    save_file(openai_state(tiny_config()), tmp_path / "file.safetensors")
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match=r"^[^\n]*tokenizer[^\n]*$"):
-        read_clip(tmp_path / "file.safetensors", activation="gelu", tokenizer=tmp_path / "tokenizer")
-
-
-# Pictures
-
-
-def test_preprocessing_of_open_clip():
-    declared = {"mean": [0.5, 0.4, 0.3], "std": 0.5, "interpolation": "bilinear", "resize_mode": "shortest"}
-    processor = image_processor_from_open_clip(declared, 32)
-    assert list(processor.image_mean) == [0.5, 0.4, 0.3]
-    assert list(processor.image_std) == [0.5] * 3
-    assert processor.resample == Image.Resampling.BILINEAR
-    assert processor([Image.new("RGB", (50, 40))], return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
-    default = image_processor_from_open_clip({}, 32)
-    reference = MMClipImageProcessorPil(size=32, convert_rgb_first=False)
-    for picture in pictures(3):
-        ours, theirs = (process(picture, return_tensors="pt").pixel_values for process in (default, reference))
-        assert torch.equal(ours, theirs)
-
-
-def test_squashing_to_a_rectangle():
-    processor = image_processor_from_open_clip({"resize_mode": "squash"}, (16, 32))
-    picture = pictures(1)[0]
-    pixels = processor(picture, do_rescale=False, do_normalize=False).pixel_values[0]
-    squashed = picture.resize((32, 16), Image.Resampling.BICUBIC)
-    assert torch.equal(
-        torch.tensor(pixels), torch.tensor(list(squashed.tobytes())).reshape(16, 32, 3).permute(2, 0, 1)
-    )
-
-
-@pytest.mark.parametrize(("mode", "size"), [("longest", 32), ("shortest", (16, 32))])
-def test_other_ways_of_resizing_are_refused(mode, size):
-    with pytest.raises(ValueError, match=mode):
-        image_processor_from_open_clip({"resize_mode": mode}, size)
-
-
-def test_preprocessing_of_transformers():
-    old = {"size": 40, "crop_size": 32, "do_center_crop": True, "resample": 2, "image_mean": [0.1, 0.2, 0.3]}
-    new = {**old, "size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
-    nested = {"image_processor": {**new, "image_processor_type": "CLIPImageProcessor"}}
-    expected = MMClipImageProcessorPil(size=40, crop_size=32, resample=2, image_mean=[0.1, 0.2, 0.3])
-    for configs in (
-        {"preprocessor_config.json": old},
-        {"preprocessor_config.json": new},
-        {"processor_config.json": nested},
-    ):
-        assert image_processor_from_transformers(configs, 224).to_dict() == expected.to_dict()
-    assert image_processor_from_transformers({}, 336).to_dict() == MMClipImageProcessorPil(size=336).to_dict()
-
-
-@pytest.mark.parametrize(
-    "declared",
-    [
-        {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.5, 0.5], "interpolation": "bilinear", "resize_mode": "shortest"},
-        {"mean": [0.1, 0.4, 0.3], "std": [0.2, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "squash"},
-    ],
-)
-def test_preprocessing_there_and_back(declared):
-    assert open_clip_preprocessing(image_processor_from_open_clip(declared, 32), 32) == declared
-
-
-def test_preprocessing_that_open_clip_has_not_is_refused():
-    with pytest.raises(ValueError, match="open_clip cannot express"):
-        open_clip_preprocessing(MMClipImageProcessorPil(size=36, crop_size=32), 32)
-
-
 # Back
-
-
-def our_model(config=None) -> tuple[MMClipModel, MMClipProcessor]:
-    model = MMClipModel(config or tiny_config()).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    side = model.config.vision_config.image_size
-    return model, MMClipProcessor(MMClipImageProcessorPil(size=side, image_mean=[0.3, 0.4, 0.5]), tokenizer())
 
 
 def features(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -787,38 +558,6 @@ def test_transformers_layout_is_bit_equal_and_comes_back(tmp_path):
     assert all(torch.equal(tensor, built[name]) for name, tensor in model.state_dict().items())
     assert again.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     assert list(again.image_processor.image_mean) == [0.3, 0.4, 0.5]
-
-
-@pytest.fixture
-def warned(caplog, monkeypatch):
-    for logger in (conversion_clip.logger, layouts.logger, pictures_of_configs.logger):
-        monkeypatch.setattr(logger, "propagate", True)
-        monkeypatch.setattr(logger.parent, "propagate", True)
-    return caplog
-
-
-def test_conventions_that_only_show_elsewhere_are_warned_of(tmp_path, warned):
-    model, _ = our_model()
-    processor = MMClipProcessor(MMClipImageProcessorPil(size=32, convert_rgb_first=False), tokenizer())
-    save_as_transformers(model, processor, tmp_path / "theirs")
-    assert "'bicubic_antialias'" in warned.text
-    assert "palette" in warned.text
-    assert "centre crop" in warned.text
-
-
-def test_the_two_crop_rules_differ_where_the_warning_says(tmp_path, warned):
-    model, processor = our_model()
-    theirs = CLIPProcessor.from_pretrained(save_as_transformers(model, processor, tmp_path / "theirs"))
-    assert "odd number of rows or columns" in warned.text
-    random = np.random.default_rng(0)
-    for width, differs in ((35, True), (36, False)):
-        picture = Image.fromarray(random.integers(0, 256, (32, width, 3), dtype=np.uint8))
-        ours, reference = (p(images=[picture], return_tensors="pt")["pixel_values"] for p in (processor, theirs))
-        assert ((ours - reference).abs().max() > 1) == differs
-    warned.clear()
-    uncropped = MMClipImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
-    save_as_transformers(model, MMClipProcessor(uncropped, tokenizer()), tmp_path / "other")
-    assert "centre crop" not in warned.text
 
 
 @pytest.mark.parametrize(
@@ -1022,7 +761,7 @@ def test_the_command_pushes_a_folder_that_may_be_pushed(tmp_path, capsys, monkey
     assert "someone/clip" in (out / "README.md").read_text()
 
 
-@pytest.mark.parametrize("model", ["clip", "vit"])
+@pytest.mark.parametrize("model", ["clip", "vit", "pic2word"])
 def test_the_scripts_are_the_command(monkeypatch, capsys, model):
     script = Path(__file__).parents[3] / "conversion" / f"convert_{model}.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
