@@ -68,7 +68,7 @@ FLAGS = {"num_attention_heads": "--heads"}  # of the arguments of functions that
 
 
 def add_convert(subparsers) -> None:
-    """``hf-mm convert clip|vit SOURCE OUT``: see `hf_mm.hub.convert`."""
+    """``hf-mm convert clip|vit|pic2word SOURCE OUT``: see `hf_mm.hub.convert`."""
     parser = subparsers.add_parser("convert", help="convert a published checkpoint to a folder of ours, or one back")
     models = parser.add_subparsers(metavar="MODEL", required=True)
     clip = _add_conversion(
@@ -93,6 +93,19 @@ def add_convert(subparsers) -> None:
     vit.add_argument(
         "--heads", type=int, dest="num_attention_heads", metavar="N", help="where no published size tells"
     )
+    pic2word = _add_conversion(
+        models,
+        "pic2word",
+        help="Pic2Word of the authors, with the CLIP that it was trained on",
+        source="pic2word_model.pt, a folder with it, or id of the Hub",
+        layouts=("pic2word",),
+    )
+    pic2word.add_argument(
+        "--clip", metavar="C", help="as for convert clip, or a folder of ours (default: the one stored)"
+    )
+    pic2word.add_argument("--clip-revision", metavar="R", help="of a Hub id: branch, tag or commit")
+    pic2word.add_argument("--tokenizer", metavar="FOLDER", help="with the vocabulary, where the CLIP has none")
+    pic2word.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="to write (default: float32)")
 
 
 def _add_conversion(models, name: str, help: str, source: str, layouts: tuple[str, ...]) -> argparse.ArgumentParser:
@@ -115,18 +128,79 @@ def run_convert(arguments: argparse.Namespace) -> None:
     options = {name: value for name, value in vars(arguments).items() if name not in ("run", "model", "source", "out")}
     layout = options.pop("layout", None)
     if layout is None:
-        functions = {"clip": convert.convert_clip, "vit": convert.convert_vit}
+        functions = {
+            "clip": convert.convert_clip,
+            "vit": convert.convert_vit,
+            "pic2word": convert.convert_pic2word,
+        }
         folder = functions[arguments.model](arguments.source, arguments.out, **options)
     elif options:
         names = ", ".join(FLAGS.get(name) or f"--{name.replace('_', '-')}" for name in options)
         raise ValueError(f"--to {layout} writes a folder for another library: leave {names} out.")
     else:
-        functions = {"clip": convert.export_clip, "vit": convert.export_vit}
+        functions = {
+            "clip": convert.export_clip,
+            "vit": convert.export_vit,
+            "pic2word": convert.export_pic2word,
+        }
         folder = functions[arguments.model](arguments.source, arguments.out, layout)
     print(f"The model is in {folder}.")
 
 
-COMMANDS = (add_push, add_card, add_convert)
+def add_evaluate(subparsers) -> None:
+    """``hf-mm evaluate PROTOCOL MODEL DATA_FOLDER``: see `hf_mm.evaluation.composed`."""
+    parser = subparsers.add_parser("evaluate", help="measure a model by a published protocol on your copy of its data")
+    protocols = parser.add_subparsers(metavar="PROTOCOL", required=True)
+    _add_protocol(protocols, "domain-conversion", "a photo in the style of …: ImageNet to ImageNet-R")
+    objects = _add_protocol(protocols, "object-composition", "one object and the names of the others: COCO val2017")
+    objects.add_argument("--queries", metavar="FILE", help="objects drawn: read if it is there, else written")
+    objects.add_argument("--seed", type=int, help="of the draw (default: 0)")
+    objects.add_argument(
+        "--published-area", action="store_true", help="draw tiny objects too, as the published code does"
+    )
+    cirr = _add_protocol(protocols, "cirr", "a picture and what is different: CIRR rc2")
+    cirr.add_argument("--split", choices=("val", "test1"), help="default: val")
+    cirr.add_argument("--submission", metavar="FILE", help="write files for the evaluation server, needed for test1")
+    _add_protocol(protocols, "fashioniq", "a garment and two sentences: FashionIQ val")
+
+
+def _add_protocol(protocols, name: str, help: str) -> argparse.ArgumentParser:
+    """The arguments that all protocols share; the options are there only where they are given."""
+    parser = protocols.add_parser(name, help=help, argument_default=argparse.SUPPRESS)
+    parser.add_argument("model", help="folder or id of the Hub of a Pic2Word model with its processor")
+    parser.add_argument("folder", type=Path, help="the data as it is published; nothing is downloaded")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="default: 256")
+    parser.set_defaults(run=run_evaluate, protocol=name)
+    return parser
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoModel, AutoProcessor
+
+    from .evaluation.composed import PROTOCOLS
+    from .evaluation.composed.protocol import write_json
+    from .evaluation.composed.table import format_table
+
+    options = {name: value for name, value in vars(arguments).items() if name not in ("run", "protocol", "model")}
+    output = options.pop("output", None)
+    for name, file in (("output", output), ("submission", options.get("submission"))):
+        if file is not None and Path(file).is_dir():
+            raise ValueError(f"--{name} {file} is a folder: name a file.")
+    model = AutoModel.from_pretrained(arguments.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    result = PROTOCOLS[arguments.protocol](model, processor, **options)
+    print(format_table(result))
+    for file in result.get("submissions", ()):
+        print(f"{file} is for the evaluation server.")
+    if output is not None:
+        write_json(output, result)
+        print(f"The results are in {output}.")
+
+
+COMMANDS = (add_push, add_card, add_convert, add_evaluate)
 
 
 def main(argv: list[str] | None = None) -> int:

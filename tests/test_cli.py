@@ -1,5 +1,6 @@
 """The command is a door: what is behind it is tested where it is."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from contract.cases import CASES
+from evaluation.composed.composed_toys import small_pic2word, write_cirr
 from hub.server import HubServer
 from huggingface_hub import ModelCard
 
@@ -62,6 +64,41 @@ def test_a_card_of_a_tuned_model(folder):
 def test_an_option_that_does_not_fit_is_called_as_it_was_typed(tmp_path, capsys):
     assert cli.main(["convert", "vit", "x", str(tmp_path / "out"), "--to", "timm", "--heads", "3"]) == 1
     assert "leave --heads out" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def pic2word(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "pic2word"
+    for part in small_pic2word():
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_an_evaluation_from_the_shell(pic2word, tmp_path, capsys):
+    data, output, submission = write_cirr(tmp_path / "cirr"), tmp_path / "results.json", tmp_path / "out/mine.json"
+    options = ["--output", str(output), "--submission", str(submission), "--batch-size", "3"]
+    assert cli.main(["evaluate", "cirr", str(pic2word), str(data), *options]) == 0
+    shown, result = capsys.readouterr().out, json.loads(output.read_text())
+    assert result["protocol"] == "cirr" and result["queries"] == 4
+    assert f"{result['results']['val']['chance']['r1']:.1f}" in shown and "chance" in shown
+    assert "published: Pic2Word, ViT-L/14 " in shown and str(output) in shown
+    assert f"{submission} is for the evaluation server" in shown
+    assert json.loads(submission.read_text())["metric"] == "recall" and len(result["submissions"]) == 8
+
+
+def test_evaluations_that_cannot_be(pic2word, folder, tmp_path, capsys):
+    for arguments, message in (
+        (["cirr", str(pic2word), str(tmp_path)], "split.rc2.val.json is missing: annotations are"),
+        (["cirr", str(pic2word), str(tmp_path), "--split", "test1"], "pass submission"),
+        (["fashioniq", str(pic2word), str(tmp_path)], "cap.dress.val.json is missing"),
+        (["domain-conversion", str(pic2word), str(tmp_path)], "imagenet-r is missing"),
+        (["object-composition", str(pic2word), str(tmp_path), "--seed", "1"], "instances_val2017.json is missing"),
+        (["cirr", str(folder), str(tmp_path)], "pass a Pic2Word model and its processor"),
+        (["cirr", str(pic2word), str(tmp_path), "--output", str(tmp_path)], "is a folder: name a file"),
+    ):
+        assert cli.main(["evaluate", *arguments]) == 1
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert message in line
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ class ContrastiveCollator:
         texts = [sample["text"] for sample in samples]
         tokens = self.processor.tokenizer(texts, padding=True, return_tensors="pt")
         return {
-            "pixel_values": self._pixel_values(samples),
+            "pixel_values": self.pixel_values(samples),
             "input_ids": tokens["input_ids"],
             "attention_mask": tokens["attention_mask"],
             "image_ids": torch.tensor([stable_id(sample["group"]) for sample in samples]),
@@ -191,7 +191,8 @@ class ContrastiveCollator:
             "skipped": [row for sample in samples for row in sample["skipped"]],
         }
 
-    def _pixel_values(self, samples: list[dict[str, Any]]) -> torch.Tensor:
+    def pixel_values(self, samples: list[dict[str, Any]]) -> torch.Tensor:
+        """The pictures of samples, augmented and normalised: ``(B, C, H, W)``."""
         pixels = torch.stack([sample["pixels"] for sample in samples])
         image_processor, options = self.processor.image_processor, {}
         if self.augmentation is not None:
@@ -208,6 +209,32 @@ class ContrastiveCollator:
             return_tensors="pt",
             **options,
         )["pixel_values"]
+
+
+class PromptCollator(ContrastiveCollator):
+    """Samples of pictures, or of their cached features, to the inputs of a composite: one sentence for all of them.
+
+    Args:
+        processor: of the model; called with ``num_images=1``, it says where the picture stands in the sentence.
+        prompt: the sentence, with one placeholder.
+        augmentation: see `ContrastiveCollator`; what is cached stays as it is.
+    """
+
+    def __init__(self, processor: Any, prompt: str, augmentation: ImageAugmentation | None = None):
+        super().__init__(processor, augmentation)
+        self.prompt = processor(text=prompt, num_images=1, return_tensors="pt")
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = {name: row.expand(len(samples), -1) for name, row in self.prompt.items()}
+        if "vision_features" in samples[0]:
+            batch["vision_features"] = torch.stack([sample["vision_features"] for sample in samples])
+        else:
+            batch["pixel_values"] = self.pixel_values(samples)
+        return {
+            **batch,
+            "image_ids": torch.tensor([stable_id(sample["group"]) for sample in samples]),
+            "skipped": [row for sample in samples for row in sample.get("skipped", [])],
+        }
 
 
 class ImageTextCollator:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from glob import escape, glob
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
@@ -36,12 +36,15 @@ ID_COLUMNS = ("image_id", KEY_COLUMN, "id", "key")
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 TABLE_PATTERNS = ("*.parquet", "*.jsonl", "*.csv", "*.tsv")
+STYLED = "styled"
 TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 @dataclass
 class DataArguments:
     """Where pictures and texts come from."""
+
+    needs_captions: ClassVar[bool] = True
 
     source: str = field(
         default="emoji",
@@ -51,7 +54,13 @@ class DataArguments:
         },
     )
     split: str = field(default="train", metadata={"help": "Split to train on, where the source has several."})
-    config_name: str | None = field(default=None, metadata={"help": "Subset of a Hub id that has several."})
+    config_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Subset of a Hub id that has several. Of the bundled pictures: 'styled', with skin tones, whose texts "
+            "name the artist."
+        },
+    )
     validation_split: str | None = field(
         default=None,
         metadata={"help": "Split to evaluate on. Without it a fraction of the training pictures is held out."},
@@ -87,6 +96,13 @@ class DataArguments:
     )
 
 
+@dataclass
+class PictureArguments(DataArguments):
+    """Where pictures come from. Texts beside them are not looked for."""
+
+    needs_captions: ClassVar[bool] = False
+
+
 class BrokenRow(ValueError):
     """A row that cannot be trained on: `row` names it, `reason` says why."""
 
@@ -116,7 +132,7 @@ class Columns:
     """Which columns hold what."""
 
     image: str
-    caption: str
+    caption: str | None
     group: str | None = None
     row_id: str | None = None
     folder: Path | None = None
@@ -130,7 +146,9 @@ class Columns:
         """
         return cls(
             image=_find_column(names, args.image_column, IMAGE_COLUMNS, "image_column"),
-            caption=_find_column(names, args.caption_column, CAPTION_COLUMNS, "caption_column"),
+            caption=_find_column(names, args.caption_column, CAPTION_COLUMNS, "caption_column")
+            if args.needs_captions
+            else None,
             group=_find_column(names, args.group_column, (), "group_column") if args.group_column else None,
             row_id=find_id_column(names),
             folder=folder,
@@ -153,10 +171,10 @@ class Columns:
         captions = self.captions(row)
         if allow_blank and not captions and isinstance(row.get(self.caption), str):
             captions = [""]
-        if not captions:
+        if not captions and self.caption is not None:
             raise BrokenRow(name, "it has no caption")
         try:
-            image = to_rgb(self._picture(row))
+            image = to_rgb(self.picture(row))
         except (OSError, TypeError, ValueError) as error:
             raise BrokenRow(name, str(error)) from error
         others = {column: value for column, value in row.items() if column != self.image}
@@ -187,7 +205,12 @@ class Columns:
             return hashlib.blake2b(content, digest_size=16).hexdigest()
         return _file_of(picture) or f"row {number}"
 
-    def _picture(self, row: dict[str, Any]) -> Any:
+    def picture(self, row: dict[str, Any]) -> Any:
+        """The picture of a row, unopened: a path, bytes, or what the row holds.
+
+        Raises:
+            ValueError: it is an address.
+        """
         picture = row.get(self.image)
         file = _file_of(picture)
         if file is None or file.startswith("data:"):
@@ -274,6 +297,11 @@ def stable_id(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 2
 
 
+def no_text(sample: ImageText, rng: Random) -> str:
+    """For what is trained on pictures alone."""
+    return ""
+
+
 def any_caption(sample: ImageText, rng: Random) -> str:
     """One of the captions, each as likely."""
     return rng.choice(sample.captions)
@@ -293,10 +321,25 @@ def emoji_text(sample: ImageText, rng: Random) -> str:
     return f"{rng.choice([name, rng.choice(tags)])}, {sample.row['subgroup'].replace('-', ' ')}"
 
 
-def emoji_corpus(rows: ImageTextRows) -> Iterator[str]:
-    """Every text that `emoji_text` can draw from."""
-    for row in rows.dataset.select_columns(["caption", "tags", "subgroup"]):
-        yield ", ".join([row["caption"], *row["tags"], row["subgroup"].replace("-", " ")])
+def emoji_styled_text(sample: ImageText, rng: Random) -> str:
+    """What `emoji_text` draws, and in nine of ten cases the artist: "cat face in the style of noto".
+
+    A variant in a skin tone is always called by its name, which alone says the tone.
+    """
+    text = sample.row["caption"] if sample.row["skin_tone"] else emoji_text(sample, rng)
+    return in_style(text, sample.row["style"]) if rng.random() < 0.9 else text
+
+
+def in_style(text: str, style: str) -> str:
+    """A text that asks for an artist, as `emoji_styled_text` does."""
+    return f"{text} in the style of {style}"
+
+
+def emoji_corpus(rows: ImageTextRows, styled: bool = False) -> Iterator[str]:
+    """Every text that `emoji_text` (or, `styled`, `emoji_styled_text`) can draw from."""
+    for row in rows.dataset.select_columns(["caption", "tags", "subgroup", "style"]):
+        text = ", ".join([row["caption"], *row["tags"], row["subgroup"].replace("-", " ")])
+        yield in_style(text, row["style"]) if styled else text
 
 
 def find_id_column(names: Iterable[str]) -> str | None:
@@ -340,8 +383,14 @@ def _open(args: DataArguments, split: str, streaming: bool) -> tuple[Any, Column
     if args.source == "emoji":
         from .emoji import load_emoji
 
-        dataset = load_emoji(split, normalize_size=True)
-        columns = Columns("image", "caption", group="hexcode")
+        if args.config_name not in (None, STYLED):
+            raise ValueError(
+                f"The bundled pictures have no subset {args.config_name!r}: leave it out or take {STYLED!r}."
+            )
+        styled = args.config_name == STYLED
+        dataset = load_emoji(split, skin_tones=styled, normalize_size=True)
+        # Another artist's drawing of the same thing is a wrong answer to a text that names the artist.
+        columns = Columns("image", "caption", group=None if styled else "hexcode")
         dataset = dataset.to_iterable_dataset() if streaming else dataset
     else:
         dataset, folder = _load(args, split, streaming)
@@ -403,7 +452,7 @@ def _load_flat_folder(args: DataArguments, root: Path, streaming: bool) -> tuple
         return _load_files(args, files, streaming)
     pictures = sorted(file for file in root.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
     captions = [_captions_beside(picture) for picture in pictures]
-    if any(captions):
+    if any(captions) or (pictures and not args.needs_captions):
         names = [picture.relative_to(root).as_posix() for picture in pictures]
         dataset = Dataset.from_dict({"image": names, "captions": captions})
         return (dataset.to_iterable_dataset() if streaming else dataset), root

@@ -13,7 +13,12 @@ from tqdm.auto import tqdm
 
 
 def embed_images(
-    model: nn.Module, processor: Any, images: Sequence[Any], batch_size: int = 256, progress: bool = True
+    model: nn.Module,
+    processor: Any,
+    images: Sequence[Any],
+    batch_size: int = 256,
+    progress: bool = True,
+    normalize: bool = True,
 ) -> torch.Tensor:
     """Embeds pictures into the space that they share with texts.
 
@@ -26,6 +31,7 @@ def embed_images(
         images: any sequence of pictures; a `datasets` column stays lazy, one batch is in memory at a time.
         batch_size: pictures per forward pass of a rank.
         progress: show a bar.
+        normalize: False keeps the length that each row has, as `vision_features` of `embed_composed` wants it.
 
     Returns:
         ``(n, D)`` float32 on the CPU, rows of unit length.
@@ -38,7 +44,7 @@ def embed_images(
         pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
         return model.get_image_features(pixel_values=pixel_values.to(model.device, model.dtype)).pooler_output
 
-    return _embed(model, encode, images, batch_size, "pictures" if progress else None)
+    return _embed(model, encode, images, batch_size, "pictures" if progress else None, normalize)
 
 
 def embed_texts(
@@ -77,12 +83,70 @@ def embed_texts(
     return embeddings[[row[text] for text in texts]]
 
 
+def embed_composed(
+    model: nn.Module,
+    processor: Any,
+    images: Sequence[Any] | None,
+    texts: Sequence[str],
+    batch_size: int = 256,
+    progress: bool = True,
+    vision_features: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Embeds sentences in which pictures stand for words.
+
+    See `embed_images` for several processes.
+
+    Args:
+        model: has `get_composed_features`, such as `Pic2WordModel`; its device, dtype and mode are kept.
+        processor: turns ``images=`` and ``text=`` together into the inputs of that, such as `Pic2WordProcessor`.
+        images: for each text its picture, or a list of its pictures in reading order; None with `vision_features`.
+        texts: n sentences with a placeholder for each of their pictures.
+        batch_size: texts per forward pass of a rank; texts of similar length share one.
+        progress: show a bar.
+        vision_features: in place of pictures, ``(n, D)`` with one to a text or ``(n, k, D)`` with k: what
+            ``embed_images(..., normalize=False)`` gives. Pictures that many sentences share are so encoded once.
+
+    Returns:
+        ``(n, D)`` float32 on the CPU, rows of unit length.
+
+    Raises:
+        ValueError: there are no texts, their number is not that of the pictures, both pictures and features are given
+            or neither, a text lacks a placeholder, or the batch size is not positive.
+        TypeError: `texts` is one string.
+    """
+    if isinstance(texts, str):
+        raise TypeError("texts is one string: pass a list of strings.")
+    if (images is None) == (vision_features is None):
+        raise ValueError("pass either images or vision_features.")
+    given = images if vision_features is None else vision_features
+    if len(given) != len(texts):
+        what = "images" if vision_features is None else "rows of vision_features"
+        raise ValueError(f"there are {len(texts)} texts and {len(given)} {what}: give each text its own.")
+
+    def encode(batch: list[int]) -> torch.Tensor:
+        options = {"text": [texts[index] for index in batch], "padding": True, "truncation": True}
+        if vision_features is None:
+            inputs = processor(images=[images[index] for index in batch], return_tensors="pt", **options)
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        else:
+            rows = vision_features[batch].to(model.dtype)
+            inputs = processor(num_images=1 if rows.ndim == 2 else rows.shape[1], return_tensors="pt", **options)
+            inputs["vision_features"] = rows.flatten(0, -2)
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        return model.get_composed_features(**inputs).pooler_output
+
+    order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))
+    embeddings = _embed(model, encode, order, batch_size, "composed texts" if progress else None)
+    return embeddings[torch.tensor(order).argsort()]
+
+
 def _embed(
     model: nn.Module,
     encode: Callable[[list[Any]], torch.Tensor],
     items: Sequence[Any],
     batch_size: int,
     unit: str | None,
+    normalize: bool = True,
 ) -> torch.Tensor:
     if len(items) == 0:
         raise ValueError("there is nothing to embed: pass at least one picture or text.")
@@ -94,7 +158,8 @@ def _embed(
     with inference(model), tqdm(total=len(share), unit=f" {unit}", disable=unit is None or rank > 0) as bar:
         for start in range(0, len(share), batch_size):
             batch = [items[index] for index in share[start : start + batch_size]]
-            batches.append(nn.functional.normalize(encode(batch).float(), dim=-1).cpu())
+            rows = encode(batch).float()
+            batches.append((nn.functional.normalize(rows, dim=-1) if normalize else rows).cpu())
             bar.update(len(batch))
     return _gather(torch.cat(batches) if batches else None, len(items), world_size)
 

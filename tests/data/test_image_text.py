@@ -27,7 +27,9 @@ from hf_mm.data.image_text import (
     ImageTextRows,
     any_caption,
     emoji_corpus,
+    emoji_styled_text,
     emoji_text,
+    in_style,
     open_rows,
     open_stream,
     stable_id,
@@ -665,6 +667,35 @@ def test_texts_of_an_emoji_have_their_shares():
 def test_an_emoji_without_tags_is_called_by_its_name():
     sample = ImageText(picture("red"), ["NAME"], "0", "0", {"caption": "NAME", "tags": [], "subgroup": "face-smiling"})
     assert {emoji_text(sample, Random(i)) for i in range(100)} == {"NAME"}
+
+
+def test_styled_texts_of_an_emoji_name_the_artist_in_nine_of_ten():
+    row = {"caption": "NAME", "tags": list("ABCDE"), "subgroup": "face-smiling", "style": "noto", "skin_tone": 0}
+    sample, draws = ImageText(picture("red"), ["NAME"], "0", "0", row), 10_000
+    texts = [emoji_styled_text(sample, Random(i)) for i in range(draws)]
+    named = [text for text in texts if text.endswith(" in the style of noto")]
+    assert abs(len(named) - 0.9 * draws) < 4.5 * (draws * 0.9 * 0.1) ** 0.5
+    kinds = {kind_of(text.removesuffix(" in the style of noto")) for text in named}
+    assert (
+        kinds == {kind_of(text) for text in set(texts) - set(named)} == {"name", "name and tags", "tags", "subgroup"}
+    )
+    toned = ImageText(
+        None, ["NAME: dark skin tone"], "0", "0", {**row, "caption": "NAME: dark skin tone", "skin_tone": 5}
+    )
+    texts = {emoji_styled_text(toned, Random(i)) for i in range(100)}
+    assert texts == {"NAME: dark skin tone", in_style("NAME: dark skin tone", "noto")}
+
+
+def test_styled_emoji_come_with_skin_tones_and_are_alike_only_where_their_pictures_are():
+    rows = open_rows(DataArguments(config_name="styled", split="both"))
+    captions, groups = rows.dataset["caption"][:], rows.groups()
+    assert any(caption.endswith("dark skin tone") for caption in captions)
+    looks = [row["image"]["bytes"] for row in rows.dataset]
+    assert [groups.index(group) for group in groups] == [looks.index(look) for look in looks]
+    corpus = list(emoji_corpus(rows, styled=True))
+    assert corpus == [in_style(text, "openmoji") for text in emoji_corpus(rows)]
+    with pytest.raises(ValueError, match="no subset 'style': leave it out or take 'styled'"):
+        open_rows(DataArguments(config_name="style"))
 
 
 def test_the_bundled_emoji_are_a_source_like_any_other():
