@@ -16,7 +16,7 @@ from benchmarks.harness import matmul_peak, processor_name
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "hf_mm"
-PACKAGES = ("torch", "torchvision", "transformers", "open_clip_torch", "datasets", "pillow", "hf-mm")
+PACKAGES = ("torch", "torchvision", "transformers", "open_clip_torch", "faiss-cpu", "datasets", "pillow", "hf-mm")
 RATES = {"pictures_per_second": "{:.0f}", "gflops": "{:.0f}", "share_of_peak": "{:.0%}"}
 
 

@@ -34,6 +34,7 @@ from .models.pic2word.processing_pic2word import Pic2WordProcessor
 from .models.vit.configuration_vit import MMViTConfig
 from .models.vit.image_processing_vit import MMViTImageProcessorPil
 from .models.vit.modeling_vit import MMViTForImageClassification, MMViTModel
+from .pipelines import register_pipelines
 
 if is_torchvision_available():
     from .models.clip.image_processing_clip import MMClipImageProcessor
@@ -83,7 +84,8 @@ MODELS = {
 
 
 def register_all() -> None:
-    """Tells transformers' AutoClasses about every model of the table. Calling it again changes nothing."""
+    """Tells transformers' AutoClasses about every model of the table, and `pipeline` about the tasks of
+    `hf_mm.pipelines`. Calling it again changes nothing."""
     for model_type, entry in MODELS.items():
         AutoConfig.register(model_type, entry.config)
         for auto_class, model in entry.models.items():
@@ -94,3 +96,4 @@ def register_all() -> None:
             AutoTokenizer.register(entry.config, tokenizer_class=entry.tokenizer)
         if entry.processor:
             AutoProcessor.register(entry.config, entry.processor)
+    register_pipelines()

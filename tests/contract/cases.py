@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -16,6 +17,8 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForZeroShotImageClassification,
+    CLIPConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -31,6 +34,9 @@ from hf_mm.models.clip.modeling_clip import MMClipModel, MMClipTextModel, MMClip
 from hf_mm.models.clip.modeling_clip_resnet import MMClipResNetModel
 from hf_mm.models.clip.processing_clip import MMClipProcessor
 from hf_mm.models.clip.tokenization_clip import MMClipTokenizer
+from hf_mm.models.pic2word.configuration_pic2word import Pic2WordConfig, Pic2WordMapperConfig
+from hf_mm.models.pic2word.modeling_pic2word import Pic2WordMapper, Pic2WordModel
+from hf_mm.models.pic2word.processing_pic2word import Pic2WordProcessor
 from hf_mm.models.vit.configuration_vit import MMViTConfig
 from hf_mm.models.vit.image_processing_vit import MMViTImageProcessorPil
 from hf_mm.models.vit.modeling_vit import MMViTForImageClassification, MMViTModel
@@ -64,11 +70,22 @@ CAPTIONS = [
     "three squares and a line",
     "black on white",
 ]
+COMPOSED = [
+    "a photo of *",
+    "two blue *, and a green line",
+    "*",
+    "a yellow triangle over a red *",
+    "grey *.",
+    "a circle (*)",
+    "three squares and a * line",
+    "black * on white",
+]
 CONTEXT = 16
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2}
-TEXT = {**LAYERS, "hidden_size": 32, "intermediate_size": 64, "projection_dim": 24}
+JOINT = 24
+TEXT = {**LAYERS, "hidden_size": 32, "intermediate_size": 64, "projection_dim": JOINT}
 PICTURE = {**LAYERS, "hidden_size": 48, "intermediate_size": 96, "image_size": 32, "patch_size": 8}
-RESNET = {"depths": (2, 1, 1, 1), "width": 8, "num_attention_heads": 4, "image_size": 64, "projection_dim": 24}
+RESNET = {"depths": (2, 1, 1, 1), "width": 8, "num_attention_heads": 4, "image_size": 64, "projection_dim": JOINT}
 BATCH_STATISTICS = "BatchNorm takes its statistics from the batch of one step on one process"
 
 
@@ -114,12 +131,14 @@ class Case:
         auto_class: opens its folder.
         config: of the tiny model.
         model_class: what `auto_class` must open it as.
-        prepare: the processor, tokenizer or image processor; with settings that are nobody's default.
+        prepare: the processor, tokenizer or image processor, with settings that are nobody's default; or a function that
+            makes a batch of inputs that need no preparing.
         oracle: an independent model with the same weights; keyword arguments change its config.
         other_activation: an activation that the oracle must not get away with.
-        inputs: which of images and text `prepare` gets, and whether there are labels.
+        inputs: what `prepare` gets, and whether there are labels.
         tasks: the pipelines that open its folder.
         bad_calls: wrong calls with their sentences.
+        texts: eight, with a placeholder for a picture where the model takes one.
         reasons: row -> why it does not apply.
         exceptions: property within a row -> why it does not hold; a test shows that it does not.
     """
@@ -134,6 +153,7 @@ class Case:
     inputs: tuple[str, ...]
     tasks: tuple[str, ...]
     bad_calls: tuple[BadCall, ...]
+    texts: list[str] = field(default_factory=lambda: CAPTIONS)
     loss: bool = True
     reasons: dict[int, str] = field(default_factory=dict)
     exceptions: dict[str, str] = field(default_factory=dict)
@@ -149,10 +169,30 @@ class Case:
     def preparer(self):
         return self.prepare()
 
-    def build(self) -> PreTrainedModel:
+    @property
+    def pipeline_tag(self) -> str | None:
+        """What its card tells the Hub, which has no tag for composed retrieval."""
+        tags = {"composed-image-retrieval": "image-feature-extraction"}
+        return tags.get(self.tasks[0], self.tasks[0]) if self.tasks else None
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        """The parts that do not train."""
+        return tuple(getattr(self.model_class, "frozen_parts", ()))
+
+    @property
+    def has_processor(self) -> bool:
+        """Whether what prepares its inputs is saved beside the model."""
+        return hasattr(self.preparer, "save_pretrained")
+
+    def takes(self, name: str) -> bool:
+        """Whether `forward` has an argument of this name."""
+        return name in inspect.signature(self.model_class.forward).parameters
+
+    def build(self, config=None) -> PreTrainedModel:
         """The tiny model in eval mode, every parameter and statistic moved off its initial value."""
         torch.manual_seed(0)
-        model = self.model_class(self.config()).eval()
+        model = self.model_class(config or self.config()).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -162,8 +202,13 @@ class Case:
         return model
 
     def raw(self, number: int) -> dict[str, list]:
-        """What a user has: pictures, texts or both."""
-        return {"images": pictures(number), "text": (CAPTIONS * number)[:number]}
+        """What a user has: pictures, texts or both; or embeddings of pictures."""
+        embeds = torch.randn(number, JOINT, generator=torch.Generator().manual_seed(7))
+        return {
+            "images": pictures(number),
+            "text": (self.texts * number)[:number],
+            "image_embeds": list(embeds),
+        }
 
     def batch(self, number: int, **raw) -> dict[str, torch.Tensor]:
         """What `forward` takes for `number` samples."""
@@ -176,7 +221,7 @@ class Case:
 
     def read(self, outputs, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors that are compared, zero where a text is padded."""
-        names = ("loss", "logits", *oracles.COMPARED, *oracles.POOLED)
+        names = ("loss", "logits", *oracles.COMPARED, *oracles.COMPOSED, *oracles.POOLED)
         read = {name: outputs[name] for name in dict.fromkeys(names) if outputs.get(name) is not None}
         if "last_hidden_state" in read and "attention_mask" in batch:
             read["last_hidden_state"] = read["last_hidden_state"] * batch["attention_mask"][..., None]
@@ -203,9 +248,37 @@ def has_transformer(case: Case) -> bool:
     return "resnet" not in case.name
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train: of a model without frozen parts, all."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The blocks of all towers: what gradient checkpointing computes again."""
+    """The blocks of all towers."""
     return (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+
+
+def recomputed(model: nn.Module) -> list[nn.Module]:
+    """What gradient checkpointing computes again: all blocks but those of a tower that runs without gradients."""
+    upstream = {id(block) for tower in frozen_towers(model) for block in blocks(tower)}
+    return [block for block in blocks(model) if id(block) not in upstream]
+
+
+def frozen_towers(model: nn.Module) -> list[nn.Module]:
+    """The picture towers inside frozen parts, but one with adapters."""
+    parts = [model.get_submodule(name) for name in getattr(model, "frozen_parts", ())]
+    return [part.vision_model for part in parts if not trained(part.vision_model)]
+
+
+def logit_scale(model: nn.Module) -> torch.Tensor:
+    """The factor itself, of the model or of what is frozen in it."""
+    (parameter,) = (value for name, value in model.named_parameters() if name.endswith("logit_scale"))
+    return parameter.detach().float().exp()
+
+
+def all_configs(config) -> list:
+    """Of the model and of all that it is made of."""
+    return [config, *(inner for name in config.sub_configs for inner in all_configs(getattr(config, name)))]
 
 
 def attentions(model: nn.Module) -> Iterator[nn.Module]:
@@ -312,11 +385,107 @@ def bad_pairs(side: int = 32) -> tuple[BadCall, ...]:
     )
 
 
+def bad_placeholders() -> tuple[BadCall, ...]:
+    """For a model in whose texts each placeholder takes a picture."""
+
+    def call(change):
+        return lambda model, batch: model(**changed(batch, **change(batch)))
+
+    def written(text: str) -> dict[str, torch.Tensor]:
+        """By the tokenizer alone, which glues and cuts; as the model's own mask."""
+        texts = tokenizer()([COMPOSED[0], text, COMPOSED[2]], padding=True, return_tensors="pt")
+        return {**texts, "placeholder_mask": None}
+
+    def wrong_mask(change):
+        return call(lambda batch: {"placeholder_mask": change(batch["placeholder_mask"])})
+
+    def doubled(mask):
+        return mask | mask.roll(1, 1)
+
+    def fewer_pictures(batch):
+        return {"pixel_values": batch["pixel_values"][:2], "return_loss": False}
+
+    return (
+        BadCall("no placeholder", call(lambda batch: written("a red square")), "row 1.*no placeholder.*265"),
+        BadCall("glued to a comma", call(lambda batch: written("a *, in red")), "row 1.*no placeholder.*processor"),
+        BadCall("cut off", call(lambda batch: written("a circle " * CONTEXT + "*")), "row 1.*no placeholder"),
+        BadCall("two for one picture", call(lambda batch: written("a * on a *")), r"4 placeholders.*\[1, 2, 1\].*3 "),
+        BadCall("more placeholders than pictures", call(fewer_pictures), "3 placeholders.*2 pictures"),
+        BadCall("a mask with two a row", wrong_mask(doubled), r"6 placeholders.*3 pictures"),
+        BadCall("a mask without any", wrong_mask(torch.zeros_like), "row 0.*no placeholder"),
+        BadCall("placeholders of other rows", wrong_mask(lambda mask: mask[:2]), r"placeholder_mask.*shape.*\(2, "),
+        BadCall("placeholders too short", wrong_mask(lambda mask: mask[:, :-1]), "placeholder_mask.*shape"),
+    )
+
+
+def bad_feature_inputs() -> tuple[BadCall, ...]:
+    """For a model that takes features in place of pictures."""
+
+    def with_features(*shape, **changes):
+        return lambda model, batch: model(**changed(batch, vision_features=torch.ones(shape), **changes))
+
+    return (
+        BadCall("pictures and features", with_features(3, JOINT), "either pixel_values or vision_features"),
+        BadCall(
+            "neither pictures nor features",
+            lambda model, batch: model(**changed(batch, pixel_values=None)),
+            "either pixel_values or vision_features",
+        ),
+        BadCall(
+            "features of another CLIP",
+            with_features(3, JOINT + 1, pixel_values=None),
+            rf"{JOINT}\).*\(3, {JOINT + 1}\)",
+        ),
+        BadCall("features of tokens", with_features(3, 5, JOINT, pixel_values=None), rf"{JOINT}\).*\(3, 5, {JOINT}\)"),
+    )
+
+
+def bad_compositions(side: int = 32) -> tuple[BadCall, ...]:
+    def in_training(change):
+        return lambda model, batch: model.train()(**changed(batch, **change(batch)))
+
+    def too_long(model, batch):
+        ids = torch.full((3, CONTEXT + 5), 5)
+        ids[:, 1], ids[:, -1] = model.config.placeholder_token_id, batch["input_ids"].max()
+        return model(input_ids=ids, pixel_values=batch["pixel_values"])
+
+    texts = tuple(bad for bad in bad_texts() if bad.name not in ("ids and embeddings", "ids beyond the context"))
+    return (
+        *bad_pictures(side),
+        *texts,
+        *bad_placeholders(),
+        *bad_feature_inputs(),
+        BadCall("ids beyond the context", too_long, rf"{CONTEXT + 5}.*{CONTEXT}"),
+        BadCall("no texts", lambda model, batch: model(**changed(batch, input_ids=None)), "input_ids.*placeholder"),
+        BadCall(
+            "fewer pictures than texts",
+            in_training(lambda batch: {"pixel_values": batch["pixel_values"][:2]}),
+            "2 pictures and 3 texts",
+        ),
+        BadCall("ids of other rows", in_training(lambda batch: {"image_ids": torch.arange(2)}), r"image_ids.*\(3,\)"),
+    )
+
+
+def bad_embeddings() -> tuple[BadCall, ...]:
+    """For the mapping network alone."""
+
+    def call(*shape):
+        return lambda model, batch: model(torch.ones(shape))
+
+    return (
+        BadCall("of another width", call(3, JOINT + 1), rf"{JOINT}\).*\(3, {JOINT + 1}\)"),
+        BadCall("one picture", call(JOINT), rf"{JOINT}\).*\({JOINT},\)"),
+        BadCall("tokens", call(3, 5, JOINT), rf"{JOINT}\).*\(3, 5, {JOINT}\)"),
+    )
+
+
 NO_TEXT = BadCall("neither ids nor embeddings", lambda model, batch: model(), "input_ids or inputs_embeds")
 
 
 def clip_config(**vision) -> MMClipConfig:
-    return MMClipConfig(vision_config={**PICTURE, **vision}, text_config={**TEXT, **vocabulary()}, projection_dim=24)
+    return MMClipConfig(
+        vision_config={**PICTURE, **vision}, text_config={**TEXT, **vocabulary()}, projection_dim=JOINT
+    )
 
 
 def vit_image_processor(**size) -> MMViTImageProcessorPil:
@@ -325,11 +494,40 @@ def vit_image_processor(**size) -> MMViTImageProcessorPil:
 
 def clip_with_resnet_config() -> MMClipConfig:
     text = {**TEXT, **vocabulary()}
-    return MMClipConfig(vision_config={"model_type": "mm_clip_resnet", **RESNET}, text_config=text, projection_dim=24)
+    return MMClipConfig(
+        vision_config={"model_type": "mm_clip_resnet", **RESNET}, text_config=text, projection_dim=JOINT
+    )
 
 
 def clip_image_processor(side: int = 32) -> MMClipImageProcessorPil:
     return MMClipImageProcessorPil(size=side + 4, crop_size=side, image_mean=[0.4, 0.5, 0.6], convert_rgb_first=False)
+
+
+UNDROPPED = {"attention_dropout": 0.3}  # in a frozen part, where it must never act
+
+
+def pic2word_config(clip: PreTrainedConfig) -> Pic2WordConfig:
+    """Without dropout in the mapping network, so that two runs of training can be compared."""
+    return Pic2WordConfig(clip_config=clip, mapper_config={"hidden_dim": 40, "dropout": 0.0})
+
+
+def frozen_clip_config(**vision) -> MMClipConfig:
+    config = clip_config(**UNDROPPED, **vision)
+    config.text_config.attention_dropout = UNDROPPED["attention_dropout"]
+    return config
+
+
+def transformers_clip_config() -> CLIPConfig:
+    text = {**TEXT, **UNDROPPED, **vocabulary()}
+    return CLIPConfig(vision_config={**PICTURE, **UNDROPPED}, text_config=text, projection_dim=JOINT)
+
+
+def pic2word_processor(side: int = 32) -> Pic2WordProcessor:
+    return Pic2WordProcessor(clip_image_processor(side), tokenizer())
+
+
+def embeddings(image_embeds: list[torch.Tensor], **kwargs) -> dict[str, torch.Tensor]:
+    return {"image_embeds": torch.stack(image_embeds)}
 
 
 CASES = [
@@ -457,6 +655,77 @@ CASES = [
         bad_calls=bad_pairs(64),
         reasons=NO_GENERATION,
         exceptions={"accumulation": BATCH_STATISTICS, "processes": BATCH_STATISTICS},
+    ),
+    Case(
+        name="pic2word_mapper",
+        auto_class=AutoModel,
+        config=partial(Pic2WordMapperConfig, image_dim=JOINT, hidden_dim=40, word_dim=32, num_hidden_layers=3),
+        model_class=Pic2WordMapper,
+        prepare=lambda: embeddings,
+        oracle=oracles.mapper_oracle,
+        other_activation="gelu",
+        inputs=("image_embeds",),
+        tasks=(),
+        bad_calls=bad_embeddings(),
+        loss=False,
+        reasons={
+            **NO_GENERATION,
+            4: "it has no attention",
+            6: "it has no loss of its own: pic2word trains it",
+            7: "it trains whole, inside pic2word, whose adapters keep it",
+            9: "no pipeline takes embeddings",
+            11: "it is pushed inside pic2word",
+        },
+    ),
+    Case(
+        name="pic2word",
+        auto_class=AutoModel,
+        config=lambda: pic2word_config(frozen_clip_config()),
+        model_class=Pic2WordModel,
+        prepare=pic2word_processor,
+        oracle=oracles.pic2word_oracle,
+        other_activation="gelu",
+        inputs=("images", "text"),
+        tasks=("composed-image-retrieval",),
+        bad_calls=bad_compositions(),
+        texts=COMPOSED,
+        reasons=NO_GENERATION,
+    ),
+    Case(
+        name="pic2word with mm_clip_resnet",
+        auto_class=AutoModel,
+        config=lambda: pic2word_config(clip_with_resnet_config()),
+        model_class=Pic2WordModel,
+        prepare=partial(pic2word_processor, 64),
+        oracle=oracles.pic2word_with_resnet_oracle,
+        other_activation="gelu",
+        inputs=("images", "text"),
+        tasks=("composed-image-retrieval",),
+        bad_calls=bad_compositions(64),
+        texts=COMPOSED,
+        reasons={
+            **NO_GENERATION,
+            10: "what is published has a ViT",
+            13: "mm_clip_resnet and pic2word compile all that it is made of",
+        },
+    ),
+    Case(
+        name="pic2word with clip",
+        auto_class=AutoModel,
+        config=lambda: pic2word_config(transformers_clip_config()),
+        model_class=Pic2WordModel,
+        prepare=pic2word_processor,
+        oracle=oracles.pic2word_oracle,
+        other_activation="gelu",
+        inputs=("images", "text"),
+        tasks=("composed-image-retrieval",),
+        bad_calls=(*bad_placeholders(), *bad_feature_inputs()),
+        texts=COMPOSED,
+        reasons={
+            **NO_GENERATION,
+            10: "what is published becomes pic2word over mm_clip",
+            13: "its text tower takes ids alone, and torch compiles no function that puts a hook in place",
+        },
     ),
 ]
 FOLDER = Path(__file__).parent

@@ -19,8 +19,10 @@ for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir
     raw = torch.load(folder / "raw.pt")
     config = transformers.AutoConfig.from_pretrained(folder)
     model, info = getattr(transformers, raw["auto_class"]).from_pretrained(folder, output_loading_info=True)
-    prepare = transformers.AutoProcessor.from_pretrained(folder)
-    batch = dict(prepare(**raw["inputs"], return_tensors="pt", **raw["options"]))
+    prepare, batch = None, raw["batch"]
+    if batch is None:
+        prepare = transformers.AutoProcessor.from_pretrained(folder)
+        batch = dict(prepare(**raw["inputs"], return_tensors="pt", **raw["options"]))
     with torch.no_grad():
         outputs = model(**batch, **raw["labels"])
     torch.save(

@@ -23,6 +23,7 @@ from transformers import (
 
 POOLED = ("last_hidden_state", "pooler_output")
 COMPARED = ("loss", "logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
+COMPOSED = ("composed_embeds", "pseudo_words")
 
 
 @dataclass
@@ -274,3 +275,86 @@ def clip_with_resnet_oracle(model, hidden_act: str | None = None) -> Oracle:
     parameters = {f"vision_model.{name}": value for name, value in vision.parameters.items()}
     parameters |= {f"text_model.{name}": value for name, value in text.parameters.items()}
     return Oracle(run, parameters | {"text_projection.weight": projection, "logit_scale": scale})
+
+
+def mapper_equations(
+    parameters: dict[str, torch.Tensor], embeds: torch.Tensor, activation: str = "relu"
+) -> torch.Tensor:
+    """Pic2Word's mapping network: x to W x + b, hidden layer by hidden layer; the last without activation."""
+    number = len([name for name in parameters if name.startswith("layers.") and name.endswith(".weight")])
+    hidden = embeds
+    for name in (f"layers.{layer}" for layer in range(number)):
+        hidden = hidden @ parameters[f"{name}.weight"].T + parameters[f"{name}.bias"]
+        hidden = ACTIVATIONS[activation](hidden)
+    return hidden @ parameters["fc_out.weight"].T + parameters["fc_out.bias"]
+
+
+def mapper_oracle(model, hidden_act: str = "relu") -> Oracle:
+    parameters = {name: nn.Parameter(value.detach().clone()) for name, value in model.named_parameters()}
+    return Oracle(
+        lambda image_embeds: {"pseudo_words": mapper_equations(parameters, image_embeds, hidden_act)}, parameters
+    )
+
+
+def with_words(table: nn.Module, encode: Callable, words, input_ids, attention_mask, placeholder_mask) -> torch.Tensor:
+    """Texts encoded one by one and unpadded; a hook on the table of tokens puts the words in their places."""
+    composed, words = [], iter(words)
+    for ids, kept, places in zip(input_ids, attention_mask, placeholder_mask, strict=True):
+        own = {int(place): next(words) for place in places.nonzero()}
+
+        def put(module, args, embeds, own=own):
+            rows = [own.get(position, row) for position, row in enumerate(embeds[0])]
+            return torch.stack(rows)[None]
+
+        hook = table.register_forward_hook(put)
+        composed.append(encode(ids[: kept.sum()][None]))
+        hook.remove()
+    return torch.cat(composed)
+
+
+def composed_oracle(model, pictures: Callable, table: nn.Module, encode: Callable) -> Oracle:
+    """Pic2Word around any two towers. Only its mapping network trains."""
+    mapper = {name: nn.Parameter(value.detach().clone()) for name, value in model.mapper.named_parameters()}
+
+    def run(input_ids, attention_mask, placeholder_mask, pixel_values):
+        image = pictures(pixel_values).detach()
+        words = mapper_equations(mapper, image)
+        text = with_words(table, encode, words, input_ids, attention_mask, placeholder_mask)
+        outputs = compared(image, text, model.clip.logit_scale.detach())
+        composed = outputs.pop("text_embeds")
+        return {**outputs, "composed_embeds": composed, "pseudo_words": words}
+
+    return Oracle(run, {f"mapper.{name}": value for name, value in mapper.items()})
+
+
+def pic2word_oracle(model, **changes) -> Oracle:
+    """Over transformers' CLIP."""
+    config = model.config.clip_config
+    peer = CLIPModel(
+        CLIPConfig(
+            text_config=common_fields(config.text_config, CLIPTextConfig, **changes),
+            vision_config=common_fields(config.vision_config, CLIPVisionConfig, **changes),
+            projection_dim=config.projection_dim,
+        )
+    )
+    from_peer(peer, model.clip, same_name, dict)
+    return composed_oracle(
+        model,
+        lambda pixels: peer.get_image_features(pixels).pooler_output,
+        peer.text_model.embeddings.token_embedding,
+        lambda ids: peer.get_text_features(ids).pooler_output,
+    )
+
+
+def pic2word_with_resnet_oracle(model, **changes) -> Oracle:
+    """Over the equations of CLIP's ResNet tower and transformers' text tower."""
+    clip = model.clip
+    vision = resnet_oracle(clip.vision_model, **changes)
+    peer = CLIPTextModel(CLIPTextConfig(**common_fields(clip.config.text_config, CLIPTextConfig, **changes)))
+    from_peer(peer, clip.text_model, same_name, dict)
+    return composed_oracle(
+        model,
+        lambda pixels: vision.run(pixels)["pooler_output"],
+        peer.embeddings.token_embedding,
+        lambda ids: peer(ids).pooler_output @ clip.text_projection.weight.detach().T,
+    )

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from hf_mm.models.clip.configuration_clip import MMClipConfig, MMClipResNetConfig, MMClipTextConfig
+from hf_mm.models.pic2word.configuration_pic2word import Pic2WordMapperConfig
 from hf_mm.models.vit.configuration_vit import MMViTConfig
 
 
@@ -106,6 +107,37 @@ def _openai_resnet(state: Drawn, vision: MMClipResNetConfig, projection_dim: int
     for name, rows in (("q_proj", channels), ("k_proj", channels), ("v_proj", channels), ("c_proj", projection_dim)):
         state.draw(f"visual.attnpool.{name}.weight", rows, channels)
         state.draw(f"visual.attnpool.{name}.bias", rows)
+
+
+def mapper_state(config: Pic2WordMapperConfig) -> dict[str, torch.Tensor]:
+    """The state dict of the authors' mapping network of Pic2Word."""
+    state, width = Drawn(), config.image_dim
+    for number in range(config.num_hidden_layers):
+        state.draw(f"layers.{number}.0.weight", config.hidden_dim, width)
+        state.draw(f"layers.{number}.0.bias", config.hidden_dim)
+        width = config.hidden_dim
+    state.draw("fc_out.weight", config.word_dim, width)
+    state.draw("fc_out.bias", config.word_dim)
+    return dict(state)
+
+
+def pic2word_content(
+    clip: dict[str, torch.Tensor],
+    mapper: dict[str, torch.Tensor],
+    clip_prefix: str = "module.",
+    mapper_prefix: str = "module.",
+) -> dict[str, Any]:
+    """What the authors' training of Pic2Word saves by ``torch.save``; on several cards names begin with ``module.``."""
+    return {
+        "epoch": 30,
+        "name": "run",
+        "state_dict": {f"{clip_prefix}{name}": tensor for name, tensor in clip.items()},
+        "state_dict_img2text": {f"{mapper_prefix}{name}": tensor for name, tensor in mapper.items()},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(9.0), "exp_avg": torch.zeros(3)}},
+            "param_groups": [{"lr": 1e-4, "params": [0]}],
+        },
+    }
 
 
 def open_clip_json(config: MMClipConfig) -> dict[str, Any]:

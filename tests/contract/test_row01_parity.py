@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from .cases import cases_for, in_double, largest_error
+from .cases import cases_for, in_double, largest_error, trained
 
 EVERY = pytest.mark.parametrize("case", cases_for(1), ids=str)
 
@@ -24,7 +25,7 @@ def compare(case, dtype, **changes) -> tuple[dict, dict]:
     model = case.build().to(dtype)
     batch = in_double(case.batch(5)) if dtype == torch.float64 else case.batch(5)
     oracle = case.oracle(model, **changes)
-    ours, our_gradients = outputs_and_gradients(case.read(model(**batch), batch), dict(model.named_parameters()))
+    ours, our_gradients = outputs_and_gradients(case.read(model(**batch), batch), trained(model))
     theirs, their_gradients = outputs_and_gradients(case.read(oracle.run(**batch), batch), oracle.parameters)
     assert set(ours) == set(theirs)
     assert set(our_gradients) == set(their_gradients)
@@ -48,6 +49,26 @@ def test_outputs_losses_and_gradients(case, dtype, bound):
     outputs, gradients = compare(case, dtype)
     assert worst(outputs) <= (bound, "")
     assert worst(gradients) <= (bound, "")
+
+
+@pytest.mark.parametrize("case", cases_for(1, lambda case: case.model_type == "pic2word_mapper"), ids=str)
+def test_dropout_stands_between_linear_and_relu(case):
+    """In training the output is the published equation's with the masks that the same seed draws."""
+    config = case.config()
+    config.dropout = 0.4
+    mapper = case.build(config).double().train()
+    (embeds,) = in_double(case.batch(5)).values()
+    torch.manual_seed(3)
+    ours = mapper(embeds).pseudo_words
+    torch.manual_seed(3)
+    hidden = embeds
+    for layer in mapper.layers:
+        preactivation = hidden @ layer.weight.T + layer.bias
+        mask = F.dropout(torch.ones_like(preactivation), config.dropout)
+        assert 0 < (mask == 0).double().mean() < 1
+        hidden = (mask * preactivation).clamp(min=0)
+    assert largest_error(ours, hidden @ mapper.fc_out.weight.T + mapper.fc_out.bias) <= 1e-12
+    assert largest_error(ours, mapper.eval()(embeds).pseudo_words) > 1e-3
 
 
 @EVERY

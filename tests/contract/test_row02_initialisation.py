@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from hf_mm.models.clip.configuration_clip import MMClipConfig, MMClipResNetConfig
 from hf_mm.models.clip.modeling_clip import MMClipModel
 from hf_mm.models.clip.modeling_clip_resnet import MMClipResNetModel
+from hf_mm.models.pic2word.configuration_pic2word import Pic2WordConfig
+from hf_mm.models.pic2word.modeling_pic2word import Pic2WordModel
 from hf_mm.models.vit.configuration_vit import MMViTConfig
 from hf_mm.models.vit.modeling_vit import MMViTForImageClassification
 
@@ -113,6 +115,15 @@ RESNET = {
 }
 
 
+HIDDEN = 200
+PIC2WORD = {
+    **{rf"^clip\..*({pattern.removeprefix('^')})": law for pattern, law in CLIP.items()},
+    r"^mapper\.layers\.0\.(weight|bias)": uniform(64**-0.5),
+    r"^mapper\.layers\.1\.(weight|bias)": uniform(HIDDEN**-0.5),
+    r"^mapper\.fc_out\.(weight|bias)": uniform(HIDDEN**-0.5),
+}
+
+
 def resnet():
     return MMClipResNetModel(
         MMClipResNetConfig(depths=(2, 1, 1, 1), width=8, num_attention_heads=4, image_size=128, projection_dim=64)
@@ -133,15 +144,26 @@ def vit():
     return MMViTForImageClassification(config)
 
 
+def pic2word():
+    """What a file lacks is drawn by the class that has it: the frozen CLIP's by CLIP."""
+    return Pic2WordModel(Pic2WordConfig(clip_config=clip_config(), mapper_config={"hidden_dim": HIDDEN}))
+
+
 def clip():
+    return MMClipModel(clip_config())
+
+
+def clip_config():
     tower = {"intermediate_size": MLP, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
     vision = {**tower, "hidden_size": WIDTH, "image_size": 64, "patch_size": PATCH}
     text = {**tower, "hidden_size": TEXT_WIDTH, "vocab_size": 1000, "eos_token_id": 999, "max_position_embeddings": 48}
-    return MMClipModel(MMClipConfig(vision_config=vision, text_config=text, projection_dim=64))
+    return MMClipConfig(vision_config=vision, text_config=text, projection_dim=64)
 
 
-NAMES = ["mm_vit", "mm_clip", "mm_clip_resnet"]
-EVERY = pytest.mark.parametrize(("build", "laws"), [(vit, VIT), (clip, CLIP), (resnet, RESNET)], ids=NAMES)
+NAMES = ["mm_vit", "mm_clip", "mm_clip_resnet", "pic2word"]
+EVERY = pytest.mark.parametrize(
+    ("build", "laws"), [(vit, VIT), (clip, CLIP), (resnet, RESNET), (pic2word, PIC2WORD)], ids=NAMES
+)
 
 
 def check_law(name: str, parameter: torch.Tensor, laws: dict):
@@ -184,7 +206,7 @@ def test_what_a_file_lacks_follows_its_law_and_nothing_else_is_touched(build, la
             assert (parameter == 0.7).all(), name
 
 
-@pytest.mark.parametrize("build", [vit, clip, resnet], ids=NAMES)
+@pytest.mark.parametrize("build", [vit, clip, resnet, pic2word], ids=NAMES)
 def test_a_seed_gives_the_same_weights_and_another_seed_others(build):
     models = []
     for seed in (1, 1, 2):

@@ -5,7 +5,7 @@ import torch
 
 from hf_mm.models.clip.modeling_clip_resnet import Stage
 
-from .cases import RESNET, attentions, blocks, cases_for, has_transformer, in_double, largest_error
+from .cases import LAYERS, RESNET, attentions, blocks, cases_for, has_transformer, in_double, largest_error
 
 EVERY = pytest.mark.parametrize("case", cases_for(4), ids=str)
 TRANSFORMERS = pytest.mark.parametrize("case", cases_for(4, has_transformer), ids=str)
@@ -26,8 +26,9 @@ def test_sdpa_equals_eager(case):
         model.set_attn_implementation(kernel)
         assert {module.config._attn_implementation for module in attentions(model)} == {kernel}
         answers[kernel] = case.read(model(**batch), batch)
-    for name, reference in answers["eager"].items():
-        assert largest_error(answers["sdpa"][name], reference) <= 1e-9, name
+    theirs = any(type(module).__module__.startswith("transformers.") for module in attentions(model))
+    for name, reference in answers["eager"].items():  # transformers' eager kernel has its softmax in float32
+        assert largest_error(answers["sdpa"][name], reference) <= (1e-5 if theirs else 1e-9), name
 
 
 @EVERY
@@ -50,7 +51,7 @@ def test_every_block_gives_one_map_and_one_hidden_state(case):
         assert len(tower.hidden_states) == len(tower.attentions) + 1
         assert {tuple(state.shape) for state in tower.hidden_states} == {tuple(tower.hidden_states[0].shape)}
         for attention in tower.attentions:
-            assert attention.shape == (3, model.config.get_text_config().num_attention_heads, length, length)
+            assert attention.shape == (3, LAYERS["num_attention_heads"], length, length)
             torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
 
 
@@ -61,14 +62,17 @@ def test_hidden_states_are_those_between_the_blocks(case):
     for block in blocks(model):
         block.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
     outputs = model(**batch, output_hidden_states=True)
-    expected = []
+    chains = []
     for before, after in seen:
-        if not expected or expected[-1] is not before:
-            expected.append(before)
-        expected.append(after)
-    states = [state for tower in towers(case, outputs) for state in tower.hidden_states]
-    assert len(states) == len(expected)
-    assert all(torch.equal(state, reference) for state, reference in zip(states, expected, strict=True))
+        if not chains or chains[-1][-1] is not before:
+            chains.append([before])
+        chains[-1].append(after)
+    if case.frozen_parts:  # its pictures come first, since texts hold them
+        chains.reverse()
+    for tower, expected in zip(towers(case, outputs), chains, strict=True):
+        assert len(tower.hidden_states) == len(expected)
+        for state, reference in zip(tower.hidden_states, expected, strict=True):
+            assert torch.equal(state, reference)
 
 
 @RESNETS
@@ -112,9 +116,9 @@ def test_nothing_is_recorded_unasked(case):
     )
 
 
-@EVERY
+@pytest.mark.parametrize("case", cases_for(4, lambda case: not case.frozen_parts), ids=str)
 def test_flex_attention_equals_eager(case):
-    """Forward alone: its backward does not exist on CPUs."""
+    """Forward alone: its backward does not exist on CPUs. Each model is compiled, so towers once and alone."""
     model, batch = case.build(), case.batch(3)
     with torch.no_grad():
         model.set_attn_implementation("eager")

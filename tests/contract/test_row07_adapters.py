@@ -1,7 +1,8 @@
 """Row 7: PEFT's LoRA attaches by a pattern of names, trains, is saved alone, reloads, resumes and merges.
 
 PEFT matches the pattern with the whole name of a module, counted from the model that is wrapped. A ResNet tower has its
-queries and values in the pool at its end; its blocks hold convolutions.
+queries and values in the pool at its end; its blocks hold convolutions. Adapters in one tower of a frozen part are in
+test_row06_frozen.py.
 """
 
 import copy
@@ -42,6 +43,7 @@ HEADS = {
     "MMClipTextModel": ["final_layer_norm"],
     "MMClipVisionModel": ["post_layernorm"],
     "MMClipModel": ["visual_projection", "text_projection"],
+    "Pic2WordModel": ["mapper"],
 }
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 
@@ -52,6 +54,11 @@ def is_dual(case) -> bool:
 
 def has_texts(case) -> bool:
     return "text" in case.inputs
+
+
+def learns_tokens(case) -> bool:
+    """Its vocabulary may grow and train, which a frozen one does not."""
+    return has_texts(case) and not case.frozen_parts
 
 
 CASES_AND_TARGETS = [
@@ -68,6 +75,7 @@ EVERY_TARGET = pytest.mark.parametrize(
 )
 DUAL = pytest.mark.parametrize("case", cases_for(7, is_dual), ids=str)
 WITH_TEXTS = pytest.mark.parametrize("case", cases_for(7, has_texts), ids=str)
+LEARNS_TOKENS = pytest.mark.parametrize("case", cases_for(7, learns_tokens), ids=str)
 
 
 def lora(targets: str = EVERYWHERE, **options) -> LoraConfig:
@@ -274,7 +282,7 @@ def test_a_merged_model_is_whole_without_peft(case, targets, tmp_path):
     base, ours = weights(case.build()), weights(merged)
     assert set(ours) == set(base)
     changed = {name for name in base if not torch.equal(ours[name], base[name])}
-    of_heads = {name for name in base if name.rpartition(".")[0] in heads(case)}
+    of_heads = {name for name in base if name.startswith(tuple(f"{head}." for head in heads(case)))}
     assert changed == {f"{name}.weight" for name in adapters} | of_heads
 
 
@@ -439,7 +447,7 @@ def token_table(model) -> torch.Tensor:
 @torch.no_grad()
 def embed(case, model, larger, texts: list[str]) -> torch.Tensor:
     inputs = larger(texts, padding=True, return_tensors="pt")
-    return (model.get_text_features(**inputs) if is_dual(case) else model(**inputs)).pooler_output
+    return getattr(model, "get_text_features", model)(**inputs).pooler_output
 
 
 @WITH_TEXTS
@@ -467,7 +475,7 @@ def new_rows(larger) -> dict:
     return {"trainable_token_indices": {"token_embedding": larger.convert_tokens_to_ids(NEW_TOKENS)}}
 
 
-@WITH_TEXTS
+@LEARNS_TOKENS
 def test_new_tokens_travel_with_the_adapter(case, larger_tokenizer, tmp_path):
     """F13: a fresh base draws other rows for the new tokens; the adapter brings the trained ones."""
     model = get_peft_model(resized(case.build(), larger_tokenizer, seed=1), lora(**new_rows(larger_tokenizer)))
@@ -493,7 +501,7 @@ def test_new_tokens_travel_with_the_adapter(case, larger_tokenizer, tmp_path):
     assert largest_error(embed(case, merged, larger_tokenizer, NEW_TEXTS), expected) <= 1e-5
 
 
-@WITH_TEXTS
+@LEARNS_TOKENS
 def test_an_adapter_with_new_tokens_needs_the_resize(case, larger_tokenizer, tmp_path):
     """F13: PEFT names the row that the base lacks."""
     model = get_peft_model(resized(case.build(), larger_tokenizer), lora(**new_rows(larger_tokenizer)))

@@ -101,10 +101,37 @@ def test_text_feature_extraction(case, folder):
         torch.testing.assert_close(torch.tensor(features)[0, :length], states[row, :length])
 
 
+@task("composed-image-retrieval")
+def test_composed_image_retrieval(case, folder, files):
+    """Cosines of composed texts and pictures, best first."""
+    search = pipeline("composed-image-retrieval", model=folder)
+    images, text = case.raw(5)["images"], "a photo of *, in red"
+    search.index_pictures(images, progress=False)
+    model, batch = case.build(), case.preparer(images=images[:3], text=[text] * 3, return_tensors="pt")
+    with torch.no_grad():
+        pictures = model.get_image_features(case.preparer(images=images, return_tensors="pt")["pixel_values"])
+        composed = model.get_composed_features(**batch).pooler_output
+    expected = torch.cosine_similarity(composed[:, None], pictures.pooler_output[None], dim=-1)
+
+    def assert_answers(answers: list[dict], row: int):
+        scores = [answer["score"] for answer in answers]
+        assert scores == sorted(scores, reverse=True)
+        assert scores == pytest.approx(expected[row, [answer["row"] for answer in answers]].tolist(), abs=1e-5)
+        assert len({answer["row"] for answer in answers}) == 5
+
+    for inputs in (images[:3], files):
+        assert_answers(search(inputs[0], text, top_k=5), 0)
+        for row, answers in enumerate(search(inputs, text, top_k=5, batch_size=2)):
+            assert_answers(answers, row)
+
+
 @pytest.fixture
 def ask(case, folder):
     """The first pipeline of a case, as a function of a file."""
     pipe = pipeline(case.tasks[0], model=folder)
+    if case.tasks[0] == "composed-image-retrieval":
+        pipe.index_pictures(case.raw(3)["images"], progress=False)
+        return lambda path: pipe(str(path), "a photo of *")
     options = {"candidate_labels": LABELS} if case.tasks[0].startswith("zero-shot") else {}
     return lambda path: pipe(str(path), **options)
 

@@ -20,17 +20,21 @@ from transformers import (
     ViTModel,
 )
 
+from hf_mm.conversion.checkpoint import merge
 from hf_mm.conversion.engine import export, stored_tensors
-from hf_mm.conversion.rules import ConversionError, plan
+from hf_mm.conversion.rules import ConversionError, Rule, plan
 from hf_mm.models.clip import conversion_clip
 from hf_mm.models.clip.configuration_clip import MMClipConfig, MMClipResNetConfig
 from hf_mm.models.clip.modeling_clip import MMClipModel, MMClipTextModel, MMClipVisionModel
+from hf_mm.models.pic2word import conversion_pic2word
+from hf_mm.models.pic2word.modeling_pic2word import Pic2WordMapper, Pic2WordModel
 from hf_mm.models.vit import conversion_vit
 from hf_mm.models.vit.modeling_vit import MMViTForImageClassification, MMViTModel
 
 from .cases import cases_for, largest_error
-from .published import open_clip_json, openai_state, transformers_json
+from .published import mapper_state, open_clip_json, openai_state, pic2word_content, transformers_json
 
+PIC2WORD = conversion_pic2word.PUBLISHED_FILE
 PEERS = {
     MMViTForImageClassification: ViTForImageClassification,
     MMViTModel: ViTModel,
@@ -60,7 +64,29 @@ class Published:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        return load_file(self.weights)
+        if self.weights.name != PIC2WORD:
+            return load_file(self.weights)
+        published = conversion_pic2word.open_pic2word(self.folder)
+        clip, mapper = published.select("state_dict."), published.select("state_dict_img2text.")
+        if self.mapper_alone:
+            return dict(mapper.tensors)
+        return dict(merge(clip.with_prefix("clip."), mapper.with_prefix("mapper.")).tensors)
+
+    @property
+    def mapper_alone(self) -> bool:
+        return not (self.folder / "clip").exists()
+
+    def write(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+        """Writes such tensors to a copy of the folder."""
+        if self.weights.name != PIC2WORD:
+            save_file(tensors, folder / self.weights.name)
+            return
+        mapper = (
+            tensors if self.mapper_alone else {name: t for name, t in tensors.items() if name.startswith("mapper.")}
+        )
+        clip = {name.removeprefix("clip."): tensor for name, tensor in tensors.items() if name not in mapper}
+        content = pic2word_content(clip, {name.removeprefix("mapper."): tensor for name, tensor in mapper.items()})
+        torch.save(content, folder / PIC2WORD)
 
 
 def has_resnet(config) -> bool:
@@ -71,13 +97,18 @@ def is_clip(case) -> bool:
     return case.model_class is MMClipModel
 
 
-# A layout that a case is published in. CLIP has two; transformers' has no ResNet tower.
+def is_pic2word(case) -> bool:
+    return case.model_class in (Pic2WordModel, Pic2WordMapper)
+
+
+# A layout that a case is published in. CLIP has two; transformers' has no ResNet tower. Pic2Word has its authors'.
 PUBLISHED = [
     (case, layout)
     for case in cases_for(10)
     for layout, has_it in (
-        ("transformers", not has_resnet(case.config())),
+        ("transformers", not has_resnet(case.config()) and not is_pic2word(case)),
         ("open_clip", is_clip(case)),
+        ("authors", is_pic2word(case)),
     )
     if has_it
 ]
@@ -91,6 +122,8 @@ TRANSFORMERS = pytest.mark.parametrize(
 def published(case, layout, tmp_path) -> Published:
     folder, config = tmp_path / "published", case.config()
     folder.mkdir()
+    if layout == "authors":
+        return authors_folder(case, folder)
     if "text" in case.inputs:
         getattr(case.preparer, "tokenizer", case.preparer).save_pretrained(folder)
     if layout == "open_clip":
@@ -111,12 +144,44 @@ def published(case, layout, tmp_path) -> Published:
     return Published(folder, folder / "model.safetensors", peer)
 
 
+def authors_folder(case, folder: Path) -> Published:
+    """The authors' file, with the folder of open_clip's that its CLIP comes from, which says how many heads it has."""
+    config = case.config()
+    if case.model_class is Pic2WordMapper:
+        clip, mapper = {"logit_scale": torch.ones(())}, mapper_state(config)
+    else:
+        clip, mapper = openai_state(config.clip_config), mapper_state(config.mapper_config)
+        case.preparer.tokenizer.save_pretrained(folder / "clip")
+        save_file(clip, folder / "clip" / "open_clip_model.safetensors")
+        (folder / "clip" / "open_clip_config.json").write_text(json.dumps(open_clip_json(config.clip_config)))
+    torch.save(pic2word_content(clip, mapper), folder / PIC2WORD)
+    return Published(folder, folder / PIC2WORD)
+
+
 def read(case, source: Path):
+    if case.model_class is Pic2WordModel:
+        return conversion_pic2word.read_pic2word(source, source / "clip")[0]
+    if case.model_class is Pic2WordMapper:
+        return conversion_pic2word.read_mapper(conversion_pic2word.open_pic2word(source))
     module_read = conversion_vit.read_vit if case.config().model_type == "mm_vit" else conversion_clip.read_clip
     return module_read(source)[0]
 
 
+def within(name: str, rules: list[Rule]) -> list[Rule]:
+    """The table of a part, with its name before those on both sides."""
+    prefixed = [
+        [tuple(f"{name}.{pattern}" for pattern in patterns) for patterns in (rule.sources, rule.targets)]
+        for rule in rules
+    ]
+    return [Rule(*names, rule.forward, rule.backward) for names, rule in zip(prefixed, rules, strict=True)]
+
+
 def rules_of(case, layout):
+    if case.model_class is Pic2WordMapper:
+        return conversion_pic2word.mapper_rules()
+    if case.model_class is Pic2WordModel:
+        clip = within("clip", conversion_clip.open_clip_rules())
+        return [*clip, *within("mapper", conversion_pic2word.mapper_rules())]
     if case.config().model_type == "mm_vit":
         return conversion_vit.transformers_rules(case.model_class)
     if layout == "open_clip":
@@ -153,6 +218,7 @@ def test_config_says_what_the_case_does(case, layout, published):
     """Sizes, activation and norms come from what was published, not from the case."""
     not_published = {"architectures", "dtype", "transformers_version", "_name_or_path", "id2label", "label2id"}
     not_published |= {"pos_embed_interpolation", "initializer_factor", "pad_token_id", "bos_token_id"}
+    not_published |= {"dropout", "attention_dropout", "base_models"} if layout == "authors" else set()
 
     def assert_says(read_config: dict, expected: dict) -> None:
         for field in expected.keys() - not_published:
@@ -165,23 +231,24 @@ def test_config_says_what_the_case_does(case, layout, published):
                 ), field
 
     expected = case.config()
-    if layout == "open_clip":  # which declares the joint space's width once
-        for tower in (expected.vision_config, expected.text_config):
-            tower.projection_dim = expected.projection_dim
+    clip = getattr(expected, "clip_config", expected)
+    if layout == "open_clip" or clip is not expected:  # open_clip declares the joint space's width once
+        for tower in (clip.vision_config, clip.text_config):
+            tower.projection_dim = clip.projection_dim
     assert_says(read(case, published.folder).empty.config.to_dict(), expected.to_dict())
 
 
 @EVERY
 def test_the_written_folder_opens_and_says_where_it_came_from(case, layout, published, tmp_path):
     conversion, out = read(case, published.folder), tmp_path / "out"
-    conversion.save(out, processor=case.preparer, progress=False)
+    conversion.save(out, processor=case.preparer if case.has_processor else None, progress=False)
     model, loading = case.auto_class.from_pretrained(out, output_loading_info=True)
     assert type(model) is case.model_class
     assert not any(loading.values()), loading
     built = conversion.build().state_dict()
     assert model.state_dict().keys() == built.keys()
     assert all(torch.equal(tensor, built[name]) for name, tensor in model.state_dict().items())
-    (source,) = json.loads((out / "conversion.json").read_text())["sources"]
+    source, *_ = json.loads((out / "conversion.json").read_text())["sources"]
     assert source["name"] == "published"
     assert len(source["sha256"]) == 64
 
@@ -193,7 +260,7 @@ def changed(published: Published, change) -> Path:
     copy = published.folder.parent / "changed"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(published.folder, copy)
-    save_file(tensors, copy / published.weights.name)
+    published.write(tensors, copy)
     return copy
 
 

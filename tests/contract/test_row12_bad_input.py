@@ -4,13 +4,21 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from .cases import cases_for
+from .cases import JOINT, all_configs, cases_for, vocabulary
 
 EVERY = pytest.mark.parametrize("case", cases_for(12), ids=str)
-WITH_TRANSFORMER = pytest.mark.parametrize(
-    "case", cases_for(12, lambda case: case.model_type != "mm_clip_resnet"), ids=str
-)
 CALLS = [(case, bad) for case in cases_for(12) for bad in case.bad_calls]
+
+
+def tower_configs(config) -> list:
+    """Of Transformer towers of ours; the ResNet's own wrong fields are in its own tests."""
+    towers = [own for own in all_configs(config) if own.model_type.startswith("mm_") and hasattr(own, "hidden_act")]
+    return [tower for tower in towers if tower.model_type != "mm_clip"]
+
+
+WITH_TRANSFORMER = pytest.mark.parametrize(
+    "case", cases_for(12, lambda case: bool(tower_configs(case.config()))), ids=str
+)
 
 
 def one_sentence(error: BaseException) -> bool:
@@ -63,10 +71,23 @@ def test_patches_that_do_not_tile_are_refused(case, wrong, message):
             type(config)(**fields)
 
 
-def tower_configs(config) -> list:
-    """Of Transformer towers; the ResNet's own wrong fields are in its own tests."""
-    towers = [config.vision_config, config.text_config] if hasattr(config, "vision_config") else [config]
-    return [tower for tower in towers if tower.model_type != "mm_clip_resnet"]
+@pytest.mark.parametrize("case", cases_for(12, lambda case: case.model_type == "pic2word"), ids=str)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mapper_config": {"image_dim": JOINT + 1}}, rf"image_dim is {JOINT + 1}.*{JOINT}.*another CLIP"),
+        ({"mapper_config": {"word_dim": 8}}, r"word_dim is 8.*32.*another CLIP"),
+        ({"mapper_config": {"num_hidden_layers": 0}}, "num_hidden_layers.*0"),
+        ({"mapper_config": {"dropout": 1.0}}, "dropout.*1.0"),
+        ({"placeholder_token_id": 49_407}, rf"placeholder_token_id.*49407.*{vocabulary()['vocab_size']}"),
+        ({"placeholder_token_id": -1}, "placeholder_token_id.*-1"),
+    ],
+    ids=["another joint space", "another text tower", "no layer", "all dropped", "beyond the vocabulary", "negative"],
+)
+def test_a_connector_that_does_not_fit_is_refused(case, wrong, message):
+    fields = case.config().to_dict()
+    with pytest.raises(StrictDataclassError, match=message):
+        type(case.config())(**{**fields, **wrong})
 
 
 @EVERY

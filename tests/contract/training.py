@@ -51,7 +51,7 @@ def trainer_for(case: Case, folder: Path, model=None, samples=None, **arguments)
     )
 
 
-def trained(case: Case, folder: Path, **arguments) -> tuple[dict[str, torch.Tensor], list[float]]:
+def run_of(case: Case, folder: Path, **arguments) -> tuple[dict[str, torch.Tensor], list[float]]:
     """The weights after training, and the loss of every step."""
     trainer = trainer_for(case, folder, **arguments)
     trainer.train()
@@ -63,7 +63,7 @@ if __name__ == "__main__":
     root = Path(sys.argv[1])
     torch.set_num_threads(1)
     for number, case in enumerate(cases_for(6, with_loss)):
-        weights, losses = trained(case, root / "run", per_device_train_batch_size=NUM_SAMPLES // 4)
+        weights, losses = run_of(case, root / "run", per_device_train_batch_size=NUM_SAMPLES // 4)
         if torch.distributed.get_rank() == 0:
             torch.save((torch.distributed.get_world_size(), weights, losses), root / f"{number}.pt")
     torch.distributed.destroy_process_group()
