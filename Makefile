@@ -8,7 +8,7 @@ PEERS_STAMP := $(PEERS)/.installed
 WORKERS ?= auto
 TORCHVISION_TESTS := tests/test_image_utils.py tests/models/clip/test_image_processing_clip.py tests/models/vit/test_image_processing_vit.py
 
-.PHONY: demo demo-smoke demo-seeds test test-peers mutants bench lint format clean
+.PHONY: demo demo-smoke demo-seeds demo-pic2word demo-pic2word-smoke test test-peers mutants bench lint format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.11 ...' if sys.version_info < (3, 11) else 0)"
@@ -37,6 +37,12 @@ demo-seeds: $(STAMP)
 	done
 	$(BIN)/python training/summarize_runs.py $(SEEDS:%=outputs/seeds/%) --output outputs/seeds/summary.json
 
+demo-pic2word: $(STAMP)
+	$(BIN)/python training/demo_pic2word.py training/recipes/pic2word_emoji.yaml --output_dir outputs/demo-pic2word
+
+demo-pic2word-smoke: $(STAMP)
+	$(BIN)/python training/demo_pic2word.py training/recipes/pic2word_smoke.yaml --output_dir outputs/demo-pic2word-smoke
+
 # One thread a worker: the workers already fill the cores.
 test: lint
 	$(BIN)/coverage erase
@@ -54,7 +60,7 @@ mutants: $(STAMP)
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python tests/mutants/run.py $(TARGETS)
 
 # Ours timed against the peers, on a machine that does nothing else. One of them: make bench BENCHMARKS=train_step
-BENCHMARKS := train_step train_step_resnet memory text_encoding zero_shot loader startup conversion
+BENCHMARKS := train_step train_step_resnet memory text_encoding zero_shot loader startup conversion pic2word_step image_index
 bench: $(PEERS_STAMP)
 	for script in $(BENCHMARKS); do $(PEERS)/bin/python -m benchmarks.$$script || exit 1; done
 

@@ -25,10 +25,12 @@ import hf_mm  # noqa: F401  registers the models
 from hf_mm.data.augment import AugmentArguments, ImageAugmentation
 from hf_mm.data.collators import ContrastiveCollator, ImageTextDraws, ImageTextStream, at_model_size
 from hf_mm.data.image_text import (
+    STYLED,
     DataArguments,
     ImageTextRows,
     any_caption,
     emoji_corpus,
+    emoji_styled_text,
     emoji_text,
     open_rows,
     open_stream,
@@ -110,16 +112,23 @@ class Data:
 
     @property
     def text_of(self):
-        return emoji_text if self.args.source == "emoji" else any_caption
+        if self.args.source != "emoji":
+            return any_caption
+        return emoji_styled_text if self.args.config_name == STYLED else emoji_text
 
     def corpus(self):
         """Texts to learn a vocabulary from."""
         if self.args.source == "emoji":
-            return emoji_corpus(self.train)
+            return emoji_corpus(self.train, styled=self.args.config_name == STYLED)
         if self.train is not None:
             return islice(self.train.texts(), CAPTIONS_FOR_VOCABULARY)
         stream, columns = open_stream(self.args)
         return (text for row in stream.take(CAPTIONS_FOR_VOCABULARY) for text in columns.captions(row))
+
+    def _alike(self) -> list[str]:
+        """What a batch holds several views of. Of styled emoji, artists and skin tones: the hardest wrong answers."""
+        styled = self.args.source == "emoji" and self.args.config_name == STYLED
+        return self.train.dataset["base"][:] if styled else self.train.groups()
 
     def draws(self, image_processor, args: ContrastiveTrainingArguments):
         """The training dataset and the sampler of its batches (a stream has none)."""
@@ -131,7 +140,7 @@ class Data:
             return ImageTextStream(stream, columns, image_processor, **options), None
         dataset = ImageTextDraws(self.train, image_processor, cache_images=self.args.cache_images, **options)
         views = self.args.views_per_group
-        groups = self.train.groups() if views > 1 else range(len(self.train))
+        groups = self._alike() if views > 1 else range(len(self.train))
         sampler = GroupBatchSampler(groups, args.per_device_train_batch_size, views, args.seed)
         if len(sampler) < args.world_size:
             raise ValueError(

@@ -18,10 +18,19 @@ from .standalone import INSTALL
 
 EMOJI = "emoji"  # the source of the bundled pictures
 EMOJI_NAME = "Emoji by four artists"
+PIPELINE_TAGS = {  # by template; the Hub has none for composed retrieval
+    "clip": "zero-shot-image-classification",
+    "pic2word": "image-feature-extraction",
+}
 RECALLS = {
-    f"{direction}_r{k}": (f"recall_at_{k}", f"{name} R@{k}")
-    for direction, name in (("i2t", "picture to caption"), ("t2i", "caption to picture"))
-    for k in (1, 5, 10)
+    f"{prefix}r{k}": (f"recall_at_{k}", f"{name} R@{k}")
+    for prefix, name in (
+        ("i2t_", "picture to caption"),
+        ("t2i_", "caption to picture"),
+        ("word_", "picture as a word to picture"),
+        ("", "picture and words to picture"),
+    )
+    for k in (1, 5, 10, 50)
 }
 
 
@@ -67,7 +76,8 @@ def build_model_card(
         model_name: what the reader opens: a folder, or the id of the repository.
         model: the trained model.
         metrics: what `hf_mm.evaluation` returned: a dict of retrieval metrics, such a dict for each test set, or several
-            evaluations of either kind by name. A dict whose ``"is_result"`` is False is left out. Empty if there was none.
+            evaluations of either kind by name; or for each evaluation what a protocol of `hf_mm.evaluation.composed`
+            returns for each test set. A dict whose ``"is_result"`` is False is left out. Empty if there was none.
         training: facts of the run to print, such as its steps and seconds.
         data: ``"source"``, ``"pictures"`` (0 where unknown), ``"skipped"``, the rows left out with reasons, and where it
             was recorded ``"is_local"``: by name of the setting, whether ``source`` and ``model_name_or_path`` were paths
@@ -87,34 +97,40 @@ def build_model_card(
     is_local = data.get("is_local", {})
     dataset = hub_id(source, is_local.get("source"))
     shown_source = public_name(source, is_local.get("source"))
+    is_local_name = {base_model: is_local.get("model_name_or_path")}
     evaluations = _evaluations(metrics)
-    metadata = ModelCardData(
-        license=license,
-        library_name="transformers",
-        pipeline_tag="zero-shot-image-classification",
-        tags=["hf_mm", model.config.model_type],
-        datasets=[dataset] if dataset else None,
-        base_model=hub_id(base_model, is_local.get("model_name_or_path")),
-        model_name=model_name,
-        eval_results=list(_eval_results(evaluations, EMOJI_NAME if source == EMOJI else shown_source, dataset))
-        or None,
-    )
     text = fill_template(
         template,
         model_name=model_name,
         config=model.config,
         parameters=model.num_parameters(),
+        trained_parameters=model.num_parameters(only_trainable=True),
         license=license,
         is_emoji=source == EMOJI,
         source=shown_source,
         dataset=dataset,
         base_model=public_name(base_model, is_local.get("model_name_or_path")) if base_model else "",
+        bases={
+            part: {**base, "name": public_name(base["name"] or "", is_local_name.get(base["name"]))}
+            for part, base in (getattr(model.config, "base_models", None) or {}).items()
+        },
         pictures=data["pictures"],
         skipped=len(data["skipped"]),
         evaluations=evaluations,
         training=training,
         settings=dict(_flatten(settings, is_local)),
         machine=machine,
+    )
+    metadata = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag=PIPELINE_TAGS[template],
+        tags=["hf_mm", model.config.model_type],
+        datasets=[dataset] if dataset else None,
+        base_model=hub_id(base_model, is_local.get("model_name_or_path")),
+        model_name=model_name,
+        eval_results=list(_eval_results(evaluations, EMOJI_NAME if source == EMOJI else shown_source, dataset))
+        or None,
     )
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n")
 
@@ -146,28 +162,36 @@ def _evaluations(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _is_row(value: Any) -> bool:
-    return isinstance(value, dict) and "i2t_r1" in value
+    return isinstance(value, dict) and not RECALLS.keys().isdisjoint(value)
 
 
 def _eval_results(evaluations: dict[str, dict[str, Any]], name: str, dataset: str | None) -> Iterator[EvalResult]:
     """Every recall, for the model index; the Hub asks for a type of data set without blanks where there is no id."""
     dataset_type = dataset or re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-") or "private"
-    for evaluation, rows in evaluations.items():
-        for test_set, row in rows.items():
-            if not _is_row(row):
-                continue
-            for metric in (metric for metric in RECALLS if metric in row):
-                metric_type, metric_name = RECALLS[metric]
-                yield EvalResult(
-                    task_type="image-text-retrieval",
-                    dataset_type=dataset_type,
-                    dataset_name=name,
-                    dataset_config=evaluation or None,
-                    dataset_split=test_set,
-                    metric_type=metric_type,
-                    metric_name=metric_name,
-                    metric_value=row[metric],
-                )
+    for task_type, evaluation, test_set, row in _result_rows(evaluations):
+        for metric in (metric for metric in RECALLS if metric in row):
+            metric_type, metric_name = RECALLS[metric]
+            yield EvalResult(
+                task_type=task_type,
+                dataset_type=dataset_type,
+                dataset_name=name,
+                dataset_config=evaluation or None,
+                dataset_split=test_set,
+                metric_type=metric_type,
+                metric_name=metric_name,
+                metric_value=row[metric],
+            )
+
+
+def _result_rows(evaluations: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str, dict[str, float]]]:
+    """Task, evaluation, test set and recalls of the model itself; of composed retrieval for each group of queries."""
+    for evaluation, test_sets in evaluations.items():
+        for test_set, row in test_sets.items():
+            if _is_row(row):
+                yield "image-text-retrieval", evaluation, test_set, row
+            elif isinstance(row, dict):
+                for group, methods in row.get("results", {}).items():
+                    yield "composed-image-retrieval", f"{evaluation} {group}", test_set, methods["composed"]
 
 
 def shown_name(folder: Path) -> str:

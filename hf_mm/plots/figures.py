@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from textwrap import fill
 from typing import Any
 
@@ -144,6 +144,156 @@ def plot_neighbours(
     rows = [[drawing, *found] for drawing, found in zip(drawings, results, strict=True)]
     frames = [[(INK, 1.6), *map(_hit_frame, right)] for right in hits]
     return _picture_rows(names, rows, frames, artists)
+
+
+@rc_context(STYLE)
+def plot_composed(
+    queries: Sequence[Image.Image],
+    sentences: Sequence[str],
+    targets: Sequence[Image.Image],
+    results: Mapping[str, Sequence[Sequence[Image.Image]]],
+    hits: Mapping[str, Sequence[Sequence[bool]]],
+) -> Figure:
+    """Pictures with sentences, and the pictures that each way to ask finds for them, the right ones framed.
+
+    Args:
+        queries: n pictures.
+        sentences: n texts.
+        targets: n pictures that are asked for.
+        results: for each way to ask, by its name, n lists of k pictures, best first.
+        hits: likewise, whether the picture is a right one.
+
+    Returns:
+        For each query its sentence, and below it itself over its target beside a row of k pictures for each way.
+
+    Raises:
+        ValueError: there are no queries, or lengths differ.
+    """
+    lengths = {len(sentences), len(targets), *map(len, results.values()), *map(len, hits.values())}
+    if not queries or lengths != {len(queries)} or results.keys() != hits.keys():
+        raise ValueError(
+            f"give as many sentences, targets, results and hits of each way to ask as queries ({len(queries)}, at least "
+            f"one), not {', '.join(map(str, sorted(lengths)))}."
+        )
+    columns = len(next(iter(results.values()))[0])
+    title, gap, large, label = 0.25, 0.05, 0.72, 0.62
+    left = large + 0.14 + label
+    side = (WIDTH - left - gap * (columns - 1) - 0.02) / columns
+    block = title + len(results) * (side + gap) + 0.1
+    figure = Figure(figsize=(WIDTH, block * len(queries)))
+    height = figure.get_figheight()
+
+    def place(picture: Image.Image, x: float, y: float, size: float, frame: tuple[str, float]) -> None:
+        ax = figure.add_axes((x / WIDTH, y / height, size / WIDTH, size / height))
+        _show(ax, picture)
+        _frame(ax, *frame)
+
+    for number, (query, sentence, target) in enumerate(zip(queries, sentences, targets, strict=True)):
+        top = height - number * block - title
+        figure.text(0.005, (top + 0.08) / height, _shorten(sentence, 60), fontsize=9, parse_math=False)
+        place(query, 0.02, top - large, large, (INK, 1.6))
+        place(target, 0.02, top - large - 0.26 - 0.6 * large, 0.6 * large, (GREEN, 0.8))
+        figure.text(0.005, (top - large - 0.18) / height, "asked for", fontsize=7.5, color=GREY)
+        for row, (name, found) in enumerate(results.items()):
+            y = top - row * (side + gap) - side
+            text = fill(name, 10)
+            figure.text((large + 0.12) / WIDTH, (y + side / 2) / height, text, fontsize=7.5, va="center", color=GREY)
+            for column, (picture, hit) in enumerate(zip(found[number], hits[name][number], strict=True)):
+                place(picture, left + column * (side + gap), y, side, _hit_frame(hit))
+    return figure
+
+
+@rc_context(STYLE)
+def plot_recalls(groups: Mapping[str, Mapping[str, float]], chance: Mapping[str, float], label: str) -> Figure:
+    """Bars side by side for several ways to ask, group by group, with what chance reaches.
+
+    Args:
+        groups: by name, percentages by the name of a way to ask, the first one that of the model; the same names in all.
+        chance: the percentage of chance by name of the group.
+        label: of the axis.
+
+    Returns:
+        One panel.
+
+    Raises:
+        ValueError: there are no groups.
+    """
+    if not groups:
+        raise ValueError("groups is empty: give one dict for each group of queries.")
+    names = list(next(iter(groups.values())))
+    colors = dict(zip(names, (BLUE, LIGHT_BLUE, "#c9d1d8", GREY, ORANGE), strict=False))
+    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
+    ax = figure.subplots()
+    places, width = np.arange(len(groups)), 0.84 / len(names)
+    for offset, name in enumerate(names):
+        at = places + (offset - (len(names) - 1) / 2) * width
+        bars = ax.bar(at, [row[name] for row in groups.values()], width * 0.92, color=colors[name], label=name)
+        ax.bar_label(bars, fmt="%.0f", padding=1.5, fontsize=6.5)
+    ax.hlines(
+        [chance[name] for name in groups], places - 0.45, places + 0.45, colors=INK, linestyles="--", linewidth=1,
+        label="chance",
+    )  # fmt: skip
+    ax.set_xticks(places, list(groups), color=INK, parse_math=False)
+    ax.set_ylabel(label)
+    ax.tick_params(length=0)
+    ax.grid(axis="y")
+    ax.set_axisbelow(True)
+    ax.set_ylim(0, 1.08 * max(ax.get_ylim()[1] / 1.05, 1))
+    figure.legend(loc="outside upper left", ncols=2, fontsize=7.5)
+    return figure
+
+
+@rc_context(STYLE)
+def plot_words(
+    images: Sequence[Image.Image],
+    names: Sequence[str],
+    words: Sequence[Sequence[str]],
+    cosines: Sequence[Sequence[float]],
+    hits: Sequence[Sequence[bool]],
+) -> Figure:
+    """Pictures, and the words of the vocabulary that are nearest to what each of them became.
+
+    Args:
+        images: n pictures.
+        names: what each shows.
+        words: n lists of k words, nearest first.
+        cosines: n lists of k numbers, drawn as bars; the axis ends at the largest.
+        hits: n lists of k, whether the word is one of the name.
+
+    Returns:
+        Two axes a picture: itself, and its name over its words.
+
+    Raises:
+        ValueError: there are no pictures, or lengths differ.
+    """
+    lengths = [len(values) for values in (names, words, cosines, hits)]
+    if not images or set(lengths) != {len(images)}:
+        raise ValueError(
+            "give as many names, words, cosines and hits as images, at least one, "
+            f"not {', '.join(map(str, lengths))}, {len(images)}."
+        )
+    figure = Figure(figsize=(WIDTH, 1.06 * len(images)))
+    figure.subplots_adjust(0.002, 0.01, 0.998, 0.99, wspace=0.06, hspace=0.16)
+    rows = figure.subplots(len(images), 2, squeeze=False, width_ratios=[1, 2.6])
+    longest = max(max(row) for row in cosines)
+    for (left, right), picture, name, found, bars, right_ones in zip(
+        rows, images, names, words, cosines, hits, strict=True
+    ):
+        _show(left, picture)
+        _frame(left, PALE, 0.8)
+        places = np.arange(len(found)) + 1
+        right.barh(
+            places, np.maximum(bars, 0), height=0.84, color=[LIGHT_GREEN if hit else PALE for hit in right_ones]
+        )
+        right.text(0, 0, _shorten(name, 36), va="center", color=GREY, style="italic", parse_math=False)
+        for place, word, cosine, hit in zip(places, found, bars, right_ones, strict=True):
+            style = {"va": "center", "color": GREEN if hit else INK, "fontsize": 8}
+            mark = "✓ " if hit else ""
+            right.text(0.02 * longest, place, mark + _shorten(word, 24), parse_math=False, **style)
+            right.text(longest, place, f"{cosine:.2f}".replace("-", "−"), ha="right", **style)
+        right.set(xlim=(0, longest), ylim=(len(found) + 0.6, -0.6))
+        right.axis("off")
+    return figure
 
 
 def _hit_frame(hit: bool) -> tuple[str, float]:

@@ -32,7 +32,7 @@ DECISIVE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed", "data_seed", "bf16", "fp16"),
 )
 # Settings of other groups that it does not depend on.
-INDECISIVE = {"cache_images", "overwrite", "strict"}
+INDECISIVE = {"cache_images", "features_batch_size", "features_dir", "overwrite", "strict"}
 
 
 def read_recipe(path: str | Path) -> dict:

@@ -19,6 +19,8 @@ from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
 from hf_mm.models.clip.modeling_clip import MMClipModel
 from hf_mm.models.clip.processing_clip import MMClipProcessor
 from hf_mm.models.clip.tokenization_clip import MMClipTokenizer
+from hf_mm.models.pic2word.modeling_pic2word import Pic2WordModel
+from hf_mm.models.pic2word.processing_pic2word import Pic2WordProcessor
 
 RECALL = re.compile(r"(i2t|t2i)_r(\d+)")
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -35,6 +37,12 @@ def clip():
         text_config={**TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": 12, **ids},
     )
     return MMClipModel(config), MMClipProcessor(MMClipImageProcessorPil(size=16), tokenizer)
+
+
+@pytest.fixture
+def pic2word(clip):
+    processor = Pic2WordProcessor(clip[1].image_processor, clip[1].tokenizer)
+    return Pic2WordModel.from_clip_pretrained(clip[0], processor.placeholder_token_id, hidden_dim=4), processor
 
 
 def retrieval_row(rng, pixels=True):
@@ -284,3 +292,126 @@ def test_a_setting_that_the_template_lacks_is_an_error(clip, tmp_path):
     """A card is never printed with a blank where a fact belongs."""
     with pytest.raises(UndefinedError, match="split"):
         card_of(clip, {}, tmp_path, settings={})
+
+
+METHODS = ("composed", "image_only", "text_only", "image_text", "pixels", "name", "chance")
+
+
+def composed_result(rng, domains):
+    """Of a protocol of composed retrieval, with figures that no two places of the card share."""
+    groups = {
+        domain: {method: {f"r{k}": float(rng.uniform(1, 100)) for k in (1, 10, 50)} for method in METHODS}
+        for domain in (*domains, "mean")
+    }
+    counts = {"queries": dict.fromkeys(domains, 1111), "gallery": int(rng.integers(5000, 9999))}
+    return {"split": "concept", "prompt": "* in the style of {style}", "results": groups, "filtered": {}, **counts}
+
+
+def composed_metrics(seed=0):
+    rng = np.random.default_rng(seed)
+    domains = {"style_conversion": ("noto", "fluent"), "attribute_edit": ("light", "dark")}
+    return {
+        protocol: {split: composed_result(rng, names) for split in ("cell", "concept")}
+        for protocol, names in domains.items()
+    }
+
+
+def pic2word_card(pic2word, metrics, folder, source="emoji", base="someone/clip", base_is_local=False, **changes):
+    model = pic2word[0]
+    model.config.base_models = {"clip": {"name": base, "revision": None if base_is_local else "1f3c"}}
+    facts = {
+        "training": {"steps": 1000, "seconds": 20.5},
+        "data": {
+            "source": source,
+            "pictures": 3948,
+            "skipped": {},
+            "is_local": {"source": False, "model_name_or_path": base_is_local},
+        },
+        "settings": {"split": "train", "model_name_or_path": base, "prompt": "a photo of *", "placeholder": "*"},
+        "machine": {"device": "CPU"},
+        "license": "other",
+    } | changes
+    build_model_card("pic2word", model_name="mine", model=model, metrics=metrics, **facts).save(folder / "README.md")
+    return ModelCard.load(folder / "README.md")
+
+
+def test_composed_retrieval_is_printed_beside_every_baseline_and_indexed(pic2word, tmp_path):
+    metrics = composed_metrics()
+    card = pic2word_card(pic2word, metrics, tmp_path)
+    rows = tables(card.text)
+    for by_split in metrics.values():
+        for result in by_split.values():
+            groups = result["results"]
+            for method in METHODS:
+                figures = [" / ".join(f"{groups[name][method][f'r{k}']:.1f}" for k in (1, 10, 50)) for name in groups]
+                assert [row[1:] for row in rows].count(figures) == 1
+            assert (
+                f"{sum(result['queries'].values()):,} queries" in card.text and f"{result['gallery']:,}" in card.text
+            )
+
+    index = {
+        (result.task_type, result.dataset_config, result.dataset_split, result.metric_type): result.metric_value
+        for result in card.data.eval_results
+    }
+    assert index == {
+        ("composed-image-retrieval", f"{protocol} {name}", split, f"recall_at_{k}"): group["composed"][f"r{k}"]
+        for protocol, by_split in metrics.items()
+        for split, result in by_split.items()
+        for name, group in result["results"].items()
+        for k in (1, 10, 50)
+    }
+    assert not faults_of_card(str(card))
+
+
+def test_a_pic2word_names_its_frozen_clip(pic2word, tmp_path):
+    """Also where it goes on from another Pic2Word; of a folder the last part only."""
+    card = pic2word_card(pic2word, {}, tmp_path)
+    assert (
+        "`someone/clip`, revision `1f3c`, type `mm_clip`" in card.text
+        and "| mapping network | 8 → 4 → 4 → 16," in card.text
+    )
+    assert card.data.base_model == "someone/clip" and card.data.pipeline_tag == "image-feature-extraction"
+    assert card.data.tags == ["hf_mm", "pic2word"]
+    trained = 8 * 4 + 4 + 4 * 4 + 4 + 4 * 16 + 16
+    assert f"{pic2word[0].num_parameters():,}, of which {trained} were trained" in card.text
+    card = pic2word_card(pic2word, {}, tmp_path, base="/home/someone/clip", base_is_local=True)
+    assert "`clip`, revision not recorded" in card.text and "someone" not in str(card) and card.data.base_model is None
+    settings = {"split": "train", "model_name_or_path": "someone/earlier", "prompt": "a photo of *"}
+    card = pic2word_card(pic2word, {}, tmp_path, settings=settings)
+    assert card.data.base_model == "someone/earlier" and "`someone/clip`, revision `1f3c`" in card.text
+
+
+@pytest.mark.parametrize("source", ["emoji", "someone/pictures"])
+def test_words_of_a_users_pictures(pic2word, tmp_path, source):
+    row = {f"{kind}word_r{k}": 3.0 * k + len(kind) for kind in ("", "chance_") for k in (1, 5, 10)}
+    card = pic2word_card(pic2word, {"held_out": {"images": 60, **row}}, tmp_path, source=source)
+    assert ["the sentence with the picture as a word", "3.0", "15.0", "30.0"] in tables(card.text)
+    assert ["a random order", "10.0", "22.0", "37.0"] in tables(card.text)
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found == {"recall_at_1": 3.0, "recall_at_5": 15.0, "recall_at_10": 30.0}
+    assert not faults_of_card(str(card))
+
+
+@pytest.mark.parametrize("source", ["emoji", "someone/pictures", "/home/someone/holidays"])
+@pytest.mark.parametrize("metrics", [{}, composed_metrics()])
+def test_every_placeholder_of_a_pic2word_is_filled(pic2word, tmp_path, metrics, source):
+    text = str(pic2word_card(pic2word, metrics, tmp_path, source=source))
+    assert not re.search(r"\{\{|\{%|%\}|Undefined|None|\n\n\n\n", text)
+    assert ("OpenMoji" in text) == (source == "emoji") and "is an open question" in text
+
+
+def test_the_code_of_a_pic2word_runs(pic2word, tmp_path, monkeypatch, capsys):
+    card = pic2word_card(pic2word, {}, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for part in pic2word:
+        part.save_pretrained("mine")
+    Path("my_pictures").mkdir()
+    for name, colour in (("picture", "red"), ("one", "blue"), ("another", "green"), ("my_pictures/a", "tan")):
+        Image.new("RGB", (24, 20), colour).save(f"{name}.png")
+    blocks = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    answer, cosines = capsys.readouterr().out.strip().splitlines()
+    assert answer.startswith("a.png ") and -1 <= float(answer.split()[1]) <= 1
+    assert re.fullmatch(r"tensor\(\[-?\d\.\d+, +-?\d\.\d+\]\)", cosines)

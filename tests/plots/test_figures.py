@@ -15,14 +15,17 @@ from hf_mm.plots.figures import (
     LIGHT_GREEN,
     plot_attention,
     plot_captions,
+    plot_composed,
     plot_few_shot,
     plot_losses,
     plot_mistakes,
     plot_neighbours,
+    plot_recalls,
     plot_retrieval,
     plot_robustness,
     plot_style_shift,
     plot_temperature,
+    plot_words,
     token_attention,
 )
 
@@ -275,3 +278,70 @@ def test_plotting_leaves_matplotlib_as_it_was():
 def test_nothing_loads_pyplot():
     code = "import sys, hf_mm.plots.clip_report; print('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_composed_queries_stand_over_what_each_way_finds():
+    queries, targets = pictures(2), pictures(4)[2:]
+    results = {"as a word": [pictures(3), pictures(3)[::-1]], "alone": [pictures(6)[3:], pictures(5)[2:]]}
+    hits = {"as a word": [[False, True, False], [False] * 3], "alone": [[False] * 3, [True, False, True]]}
+    figure = plot_composed(queries, ["* by $noto", "y" * 100], targets, results, hits)
+    assert len(figure.axes) == 2 * (2 + 2 * 3)
+    for number in range(2):
+        query, target, *found = figure.axes[8 * number : 8 * number + 8]
+        assert np.array_equal(shown(query), np.asarray(queries[number]))
+        assert np.array_equal(shown(target), np.asarray(targets[number]))
+        expected = [*results["as a word"][number], *results["alone"][number]]
+        assert all(np.array_equal(shown(ax), np.asarray(own)) for ax, own in zip(found, expected, strict=True))
+        framed = [to_hex(ax.spines["left"].get_edgecolor()) == GREEN for ax in found]
+        assert framed == [*hits["as a word"][number], *hits["alone"][number]]
+        boxes = [ax.get_position() for ax in (query, target, *found)]
+        assert boxes[0].y0 > boxes[1].y1 and all(box.x0 > boxes[0].x1 for box in boxes[2:])
+        assert all(min(box.min) >= 0 and max(box.max) <= 1 for box in boxes)
+        assert all(not a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    texts = [text.get_text() for text in figure.texts]
+    assert texts[0] == "* by $noto" and texts.count("asked for") == 2 and texts.count("alone") == 2
+    assert sum(text.endswith("…") for text in texts) == 1
+
+
+def test_recalls_are_bars_in_the_order_given_with_chance_over_each_group():
+    groups = {"noto": {"word": 30.0, "alone": 20.0}, "mean": {"word": 25.0, "alone": 15.0}}
+    ax = plot_recalls(groups, {"noto": 1.5, "mean": 2.0}, "found, %").axes[0]
+    heights = [[bar.get_height() for bar in container] for container in ax.containers]
+    assert heights == [[30.0, 25.0], [20.0, 15.0]] and [c.get_label() for c in ax.containers] == ["word", "alone"]
+    (chance,) = ax.collections
+    assert [segment[0][1] for segment in chance.get_segments()] == [1.5, 2.0]
+    for place, (left, right) in enumerate(segment[:, 0] for segment in chance.get_segments()):
+        bars = [container[place] for container in ax.containers]
+        assert left < min(bar.get_x() for bar in bars) and right > max(bar.get_x() + bar.get_width() for bar in bars)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["noto", "mean"] and ax.get_ylim()[1] > 30
+
+
+def test_words_are_listed_under_the_name_and_its_own_are_marked():
+    figure = plot_words(
+        pictures(2),
+        ["red cat", "dog"],
+        [["cat", "car"], ["sun", "z" * 40]],
+        [[0.5, -0.125], [0.25, 0.2]],
+        [[True, False], [False, False]],
+    )
+    rows = [[text.get_text() for text in ax.texts] for ax in figure.axes[1::2]]
+    assert rows[0] == ["red cat", "✓ cat", "0.50", "car", "−0.12"]
+    assert rows[1][:3] == ["dog", "sun", "0.25"] and rows[1][3].endswith("…")
+    widths = [[bar.get_width() for bar in ax.patches] for ax in figure.axes[1::2]]
+    assert widths == [[0.5, 0], [0.25, 0.2]] and {ax.get_xlim() for ax in figure.axes[1::2]} == {(0, 0.5)}
+    assert [to_hex(bar.get_facecolor()) == LIGHT_GREEN for bar in figure.axes[1].patches] == [True, False]
+    assert np.array_equal(shown(figure.axes[2]), np.asarray(pictures(2)[1]))
+
+
+def test_what_does_not_belong_together_is_refused():
+    one, found = pictures(1), {"alone": [pictures(2)]}
+    with pytest.raises(ValueError, match="as queries"):
+        plot_composed(one, ["a", "b"], one, found, {"alone": [[True, False]]})
+    with pytest.raises(ValueError, match="as queries"):
+        plot_composed(one, ["a"], one, found, {"other": [[True, False]]})
+    with pytest.raises(ValueError, match="at least one"):
+        plot_composed([], [], [], {}, {})
+    with pytest.raises(ValueError, match="groups is empty"):
+        plot_recalls({}, {}, "%")
+    with pytest.raises(ValueError, match="as images, at least one, not 1, 1, 1, 2, 1"):
+        plot_words(one, ["a"], [["b"]], [[0.1]], [[True], [False]])
