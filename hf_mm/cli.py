@@ -188,6 +188,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     for name, file in (("output", output), ("submission", options.get("submission"))):
         if file is not None and Path(file).is_dir():
             raise ValueError(f"--{name} {file} is a folder: name a file.")
+    if arguments.model.startswith(("/", ".", "~")) and not Path(arguments.model).expanduser().is_dir():
+        raise ValueError(f"there is no folder {arguments.model}: name the folder or the Hub id of a Pic2Word model.")
     model = AutoModel.from_pretrained(arguments.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     processor = AutoProcessor.from_pretrained(arguments.model)

@@ -20,12 +20,16 @@ from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
 from hf_mm.models.clip.modeling_clip import MMClipModel
 from hf_mm.models.clip.processing_clip import MMClipProcessor
 from hf_mm.models.clip.tokenization_clip import MMClipTokenizer
+from hf_mm.models.pic2word.modeling_pic2word import Pic2WordModel
+from hf_mm.models.pic2word.processing_pic2word import Pic2WordProcessor
 
 MODEL = "checkpoints/mm-clip-emoji"
+COMPOSED = "outputs/demo-pic2word"
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = {words[1]: words[1:] for words in map(shlex.split, re.findall(r"^hf-mm .*", README, flags=re.MULTILINE))}
+LINES = list(map(shlex.split, re.findall(r"^hf-mm .*", README, flags=re.MULTILINE)))
+COMMANDS = {words[1]: words[1:] for words in reversed(LINES)}  # the first of each kind
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -43,7 +47,10 @@ def workplace(tmp_path, monkeypatch):
         text_config={**TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": 12, **ids},
     )
     MMClipModel(config).save_pretrained(MODEL)
-    MMClipProcessor(MMClipImageProcessorPil(size=16), tokenizer).save_pretrained(MODEL)
+    processor = MMClipProcessor(MMClipImageProcessorPil(size=16), tokenizer)
+    processor.save_pretrained(MODEL)
+    Pic2WordModel.from_clip_pretrained(MODEL).save_pretrained(COMPOSED)
+    Pic2WordProcessor(processor.image_processor, tokenizer).save_pretrained(COMPOSED)
     publish("published")
     assert main(["published" if word == "RN50" else word for word in COMMANDS["convert"]]) == 0
     Image.new("RGB", (24, 20), "red").save("picture.png")
@@ -97,6 +104,17 @@ def test_block_runs(workplace, capsys, number):
         assert names["trainer"].state.global_step == 1
     else:
         assert re.search("score|tensor", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("words", LINES, ids=" ".join)
+def test_every_command_is_one(words, capsys):
+    """Its sub-commands and options exist: what follows is what --help knows."""
+    names = [word for word in words[1:3] if re.fullmatch("[a-z0-9-]+", word)]
+    with pytest.raises(SystemExit) as stopped:
+        main([*names[: 1 if words[1] in ("push", "card") else 2], "--help"])
+    assert stopped.value.code == 0
+    told = capsys.readouterr().out
+    assert all(option in told for option in words if option.startswith("--"))
 
 
 def test_figures_come_from_the_results_file():

@@ -20,8 +20,9 @@ from hf_mm.evaluation.emoji_probes import SHOTS, evaluate_emoji_probes
 from hf_mm.evaluation.emoji_robustness import evaluate_emoji_robustness
 from hf_mm.evaluation.hard_negatives import evaluate_hard_negatives
 from hf_mm.evaluation.style_shift import RESULTS
+from hf_mm.files import write_json
 from hf_mm.plots.clip_report import clip_report
-from hf_mm.trainers.recipes import RESULT_FILE, write_json
+from hf_mm.trainers.recipes import RESULT_FILE
 
 STUDIES_FILE = "studies.json"
 

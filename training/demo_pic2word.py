@@ -88,7 +88,10 @@ def compare_seeds(results: list[dict], seeds: list[int], metric: str) -> str:
     margin, spread = mean(values) - results[0][best][metric], max(values) - min(values)
     verdict = f"a margin of {margin:+.1f} points"
     if len(seeds) > 1:
-        verdict += f", {'outside' if abs(margin) > spread else 'within'} the spread of the seeds ({spread:.1f})"
+        place = (
+            "above it by more than" if margin > spread else "below it by more than" if margin < -spread else "within"
+        )
+        verdict += f", {place} the spread of the seeds ({spread:.1f})"
     return (
         f"R@{metric[1:]}, mean: seeds {', '.join(map(str, seeds))} reach {', '.join(f'{value:.1f}' for value in values)} "
         f"(mean {mean(values):.1f}, least {min(values):.1f}, most {max(values):.1f}); {METHODS[best]} reaches "

@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 
 from hf_mm.evaluation.style_shift import RESULTS
-from hf_mm.trainers.recipes import RECIPE_FILE, RESULT_FILE, write_json
+from hf_mm.files import write_json
+from hf_mm.trainers.recipes import RECIPE_FILE, RESULT_FILE
 
 FIGURES = ("i2t_r1", "i2t_r10")
 
@@ -61,7 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
     summary = summarize(arguments.runs)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output, summary)
+    write_json(arguments.output, summary, sort_keys=True)
     print(markdown(summary))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -29,6 +30,7 @@ from hf_mm.data.image_text import (
     DataArguments,
     ImageTextRows,
     any_caption,
+    emoji_artist,
     emoji_corpus,
     emoji_styled_text,
     emoji_text,
@@ -38,6 +40,7 @@ from hf_mm.data.image_text import (
 from hf_mm.data.sampling import GroupBatchSampler
 from hf_mm.evaluation.retrieval import evaluate_retrieval
 from hf_mm.evaluation.style_shift import evaluate_emoji
+from hf_mm.files import write_json
 from hf_mm.hub.model_card import build_model_card, shown_name
 from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
 from hf_mm.models.clip.modeling_clip import MMClipModel
@@ -53,7 +56,6 @@ from hf_mm.trainers.recipes import (
     decisive_settings,
     describe_machine,
     parse_recipe,
-    write_json,
 )
 
 LOG_FILE = "log_history.json"
@@ -133,21 +135,28 @@ class Data:
     def draws(self, image_processor, args: ContrastiveTrainingArguments):
         """The training dataset and the sampler of its batches (a stream has none)."""
         options = {"text_of": self.text_of, "seed": args.seed, "strict": self.args.strict}
+        if self.args.config_name == STYLED and self.args.source == "emoji":
+            options["label_of"] = emoji_artist
         if self.train is None:
             stream, columns = open_stream(self.args)
             stream = split_dataset_by_node(stream, rank=args.process_index, world_size=args.world_size)
             options["shuffle_buffer"] = self.args.shuffle_buffer
             return ImageTextStream(stream, columns, image_processor, **options), None
         dataset = ImageTextDraws(self.train, image_processor, cache_images=self.args.cache_images, **options)
+        return dataset, self.sampler(range(len(self.train)), args)
+
+    def sampler(self, rows: Sequence[int], args: ContrastiveTrainingArguments) -> GroupBatchSampler:
+        """Batches of the training rows with these numbers."""
         views = self.args.views_per_group
-        groups = self._alike() if views > 1 else range(len(self.train))
+        alike = self._alike() if views > 1 else range(len(self.train))
+        groups = [alike[row] for row in rows]
         sampler = GroupBatchSampler(groups, args.per_device_train_batch_size, views, args.seed)
         if len(sampler) < args.world_size:
             raise ValueError(
                 f"{args.world_size} processes need {args.world_size} batches, but the data makes {len(sampler)}: "
                 "make per_device_train_batch_size smaller."
             )
-        return dataset, sampler
+        return sampler
 
 
 def build_processor(args: ModelArguments, data: Data) -> MMClipProcessor:

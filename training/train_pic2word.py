@@ -11,7 +11,8 @@ every step, from pictures that are augmented anew). The same command resumes a r
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from hf_mm.composite.fingerprint import fingerprint
 from hf_mm.data.augment import AugmentArguments, ImageAugmentation
 from hf_mm.data.collators import ImageTextDraws, PromptCollator, at_model_size
 from hf_mm.data.features import FeatureRows, compute_features, feature_spec, row_keys, view_key
-from hf_mm.data.image_text import PictureArguments, no_text
+from hf_mm.data.image_text import PictureArguments, fill_prompt, no_text, prompt_columns, prompted
 from hf_mm.data.sampling import Draw, GroupBatchSampler
 from hf_mm.evaluation.emoji_composed import (
     EmojiPictures,
@@ -34,8 +35,9 @@ from hf_mm.evaluation.emoji_composed import (
     evaluate_style_conversion,
 )
 from hf_mm.evaluation.pseudo_words import evaluate_pseudo_words
+from hf_mm.files import write_json
 from hf_mm.hub.model_card import build_model_card, shown_name
-from hf_mm.models.pic2word.modeling_pic2word import Pic2WordModel
+from hf_mm.models.pic2word.modeling_pic2word import Pic2WordModel, check_dual_encoder
 from hf_mm.models.pic2word.processing_pic2word import Pic2WordProcessor
 from hf_mm.trainers.callbacks import LiveProgress
 from hf_mm.trainers.checkpointing import latest_checkpoint
@@ -46,7 +48,6 @@ from hf_mm.trainers.recipes import (
     decisive_settings,
     describe_machine,
     parse_recipe,
-    write_json,
 )
 
 FEATURES = "features"  # folder of the run that keeps them
@@ -61,7 +62,13 @@ class ModelArguments:
         default="openai/clip-vit-large-patch14",
         metadata={"help": "A dual encoder, of hf_mm or of transformers; or a Pic2Word to go on from."},
     )
-    prompt: str = field(default="a photo of *", metadata={"help": "The sentence in which a picture is a word."})
+    prompt: str = field(
+        default="a photo of *",
+        metadata={
+            "help": "The sentence in which a picture is a word. Columns of the data may stand in braces: "
+            "'* in the style of {style}'. The published objective names none."
+        },
+    )
     placeholder: str = field(default="*", metadata={"help": "What stands for the picture, one token."})
     hidden_dim: int = field(default=512, metadata={"help": "Width of a new mapping network."})
     num_hidden_layers: int = field(default=2, metadata={"help": "Hidden layers of a new mapping network."})
@@ -77,7 +84,7 @@ class FeatureArguments:
     )
     features_dir: str | None = field(
         default=None,
-        metadata={"help": "Where they are kept, for several runs to share (by default the output folder)."},
+        metadata={"help": "Where they are kept, for several runs and models to share (by default the output folder)."},
     )
     views: int = field(
         default=1,
@@ -85,11 +92,17 @@ class FeatureArguments:
     )
     features_batch_size: int = field(default=256, metadata={"help": "Pictures a forward pass when computing them."})
 
+    def __post_init__(self):
+        if self.views < 1:
+            raise ValueError(f"views must be at least 1, not {self.views}.")
+
 
 def build(args: ModelArguments) -> tuple[Pic2WordModel, Pic2WordProcessor]:
     """The model and its processor: as saved, or a new mapping network on a dual encoder."""
-    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
     base = AutoModel.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+    if not isinstance(base, Pic2WordModel):
+        check_dual_encoder(base)
+    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
     if isinstance(base, Pic2WordModel):
         return base, processor
     processor = Pic2WordProcessor(processor.image_processor, processor.tokenizer, args.placeholder)
@@ -97,10 +110,22 @@ def build(args: ModelArguments) -> tuple[Pic2WordModel, Pic2WordProcessor]:
     return Pic2WordModel.from_clip_pretrained(base, processor.placeholder_token_id, **fields), processor
 
 
+@dataclass
 class Pictures(Data):
-    """A source of which the pictures alone are read."""
+    """A source of which the pictures are read, and the columns that the prompt names."""
 
-    text_of = staticmethod(no_text)
+    prompt: str = ""
+
+    @property
+    def text_of(self):
+        return partial(prompted, self.prompt)
+
+    def texts(self, rows: list[int]) -> list[str] | None:
+        """The sentences of training rows, where they have sentences of their own."""
+        if not prompt_columns(self.prompt):
+            return None
+        light = self.train.dataset.remove_columns([self.train.columns.image])
+        return [fill_prompt(self.prompt, row) for row in light.select(rows)]
 
 
 @dataclass
@@ -113,9 +138,9 @@ class Views:
     def __len__(self) -> int:
         return len(self.draws) * self.views
 
-    def __getitem__(self, number: int) -> tuple[dict]:
+    def __getitem__(self, number: int) -> dict:
         view, index = divmod(number, len(self.draws))
-        return (self.draws[Draw(view, index)],)
+        return self.draws[Draw(view, index)]
 
 
 def cached(
@@ -131,6 +156,7 @@ def cached(
     collator = PromptCollator(processor, processor.placeholder, ImageAugmentation(augment_args) if augmented else None)
     rows = data.train
     keys = row_keys(rows)
+    stored = [[view_key(key, view) for view in range(args.views)] if augmented else [key] for key in keys]
     spec = feature_spec(
         model.clip,
         processor.image_processor,
@@ -139,25 +165,32 @@ def cached(
         view=f"{args.views} views, {augment_args}" if augmented else "center",
     )
     store = compute_features(
-        lambda samples: model.vision_features(collator.pixel_values([sample for (sample,) in samples])),
+        lambda samples: model.vision_features(collator.pixel_values(samples).to(model.device)),
         Views(ImageTextDraws(rows, processor.image_processor, no_text, strict=True), args.views),
-        [view_key(key, view) if augmented else key for view in range(args.views) for key in keys],
+        [names[view] for view in range(args.views) for names in stored],
         spec,
-        args.features_dir or Path(training_args.output_dir) / FEATURES,
+        Path(args.features_dir or Path(training_args.output_dir) / FEATURES) / spec.digest,
         batch_size=args.features_batch_size,
         strict=data.args.strict,
     )
-    readable = [key for key in keys if (view_key(key, 0) if augmented else key) in store]
-    dataset = FeatureRows(store, readable, views=args.views if augmented else 0)
-    sampler = GroupBatchSampler(range(len(dataset)), training_args.per_device_train_batch_size, seed=training_args.seed)
-    return dataset, sampler, dict(reason.split(": ", 1) for reason in store.skipped.values())
+    kept = [row for row, names in enumerate(stored) if all(name in store for name in names)]
+    groups = rows.groups()
+    dataset = FeatureRows(
+        store,
+        [keys[row] for row in kept],
+        args.views if augmented else 0,
+        [groups[row] for row in kept],
+        data.texts(kept),
+    )
+    # The store may be shared with runs on other pictures, whose broken ones are none of this run's.
+    skipped = [store.skipped[name] for names in stored for name in names if name in store.skipped]
+    return dataset, data.sampler(kept, training_args), dict(reason.partition(": ")[::2] for reason in skipped)
 
 
 def evaluate(
     model: Pic2WordModel,
     processor: Pic2WordProcessor,
     data: Pictures,
-    prompt: str,
     skipped: dict[str, str],
     pictures: EmojiPictures | None = None,
 ) -> dict:
@@ -174,12 +207,17 @@ def evaluate(
     if not data.held_out:
         print("No pictures were held out, so nothing is evaluated: set validation_split or validation_fraction.")
         return {}
+    if len(data.held_out) > MAX_HELD_OUT:
+        print(f"Evaluating on the first {MAX_HELD_OUT:,} of {len(data.held_out):,} held-out pictures.")
     rows = data.held_out.readable(skipped, data.args.strict, desc="Reading held-out pictures")
-    kept = [(at_model_size(row.image, processor.image_processor), row.group) for row in islice(rows, MAX_HELD_OUT)]
+    kept = [
+        (at_model_size(row.image, processor.image_processor), row.group, fill_prompt(data.prompt, row.row))
+        for row in islice(rows, MAX_HELD_OUT)
+    ]
     if not kept:
         return {}
-    images, groups = zip(*kept, strict=True)
-    return {"held_out": evaluate_pseudo_words(model, processor, images, prompt, ids=groups)}
+    images, groups, prompts = zip(*kept, strict=True)
+    return {"held_out": evaluate_pseudo_words(model, processor, images, prompts, ids=groups)}
 
 
 def train(argv: list[str] | None = None, pictures: EmojiPictures | None = None) -> Path:
@@ -197,6 +235,11 @@ def train(argv: list[str] | None = None, pictures: EmojiPictures | None = None) 
     )
     if feature_args.cache_features and data_args.streaming:
         raise ValueError("a stream has no end to keep features of: set cache_features to false.")
+    if feature_args.cache_features and feature_args.views == 1 and augment_args != AugmentArguments():
+        raise ValueError(
+            "of 1 view, pictures are embedded as they are and no augmentation would act: set views to 2 or more, "
+            "cache_features to false, or the augmentation to zero."
+        )
     output_dir = Path(args.output_dir)
     settings = decisive_settings(model_args, data_args, feature_args, augment_args, args)
     with args.main_process_first(local=False, desc="claiming the output folder"):
@@ -208,9 +251,10 @@ def train(argv: list[str] | None = None, pictures: EmojiPictures | None = None) 
         return output_dir
 
     set_seed(args.seed)
-    data = Pictures.open(data_args)
+    data = replace(Pictures.open(data_args), prompt=model_args.prompt)
     model, processor = build(model_args)
     model.to(args.device)
+    collator = PromptCollator(processor, model_args.prompt, ImageAugmentation(augment_args))
     if feature_args.cache_features:
         dataset, sampler, unreadable = cached(model, processor, data, feature_args, augment_args, args)
     else:
@@ -220,7 +264,7 @@ def train(argv: list[str] | None = None, pictures: EmojiPictures | None = None) 
         args=args,
         train_dataset=dataset,
         train_batch_sampler=sampler,
-        data_collator=PromptCollator(processor, model_args.prompt, ImageAugmentation(augment_args)),
+        data_collator=collator,
         processing_class=processor,
     )
     if trainer.pop_callback(ProgressCallback):
@@ -229,7 +273,7 @@ def train(argv: list[str] | None = None, pictures: EmojiPictures | None = None) 
     trainer.save_whole_model(output_dir)
 
     skipped = trainer.gather_skipped() | unreadable
-    metrics = evaluate(model, processor, data, model_args.prompt, skipped, pictures)
+    metrics = evaluate(model, processor, data, skipped, pictures)
     if trainer.is_world_process_zero():
         named = {"source": data_args.source, "model_name_or_path": model_args.model_name_or_path}
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

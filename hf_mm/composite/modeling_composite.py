@@ -160,6 +160,11 @@ class MMCompositeModel(MMPreTrainedModel):
                 raise ValueError(
                     f"its {name} cannot be opened from {named} ({error}): pass {name}=, a folder, a Hub id or the model."
                 ) from error
+        if (dtype := str(source.dtype).removeprefix("torch.")) != base["dtype"]:
+            raise ValueError(
+                f"this was trained on its {name} in {base['dtype']}, but {named} is in {dtype}: open that with "
+                f"dtype=torch.{base['dtype']}."
+            )
         if (found := fingerprint(source)) != base["fingerprint"]:
             raise ValueError(
                 f"{named} is not the {name} that this was trained on: its weights have the fingerprint "

@@ -59,7 +59,15 @@ class Conversion:
         state = dict(self._tensors(owned=True))
         return type(self.empty).from_pretrained(None, config=config, state_dict=state, dtype=config.dtype)
 
-    def save(self, folder: str | Path, *, processor: Any = None, card: Any = None, progress: bool = True) -> Path:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        processor: Any = None,
+        card: Any = None,
+        remarks: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> Path:
         """Writes a folder that ``AutoModel.from_pretrained`` opens, whole or not at all.
 
         The tensors are made and written one at a time. ``conversion.json`` records the sources with their revisions and
@@ -69,6 +77,7 @@ class Conversion:
             folder: where to; it may exist if it is empty.
             processor: saved beside the weights by its ``save_pretrained``.
             card: written to ``README.md`` by its ``save``.
+            remarks: what else the card says, as JSON; recorded, so that the card can be written again.
             progress: whether to show a bar.
 
         Returns:
@@ -86,7 +95,7 @@ class Conversion:
                 processor.save_pretrained(aside)
             if card is not None:
                 card.save(aside / "README.md")
-            write_json(aside / RECORD, self._record())
+            write_json(aside / RECORD, self._record() | ({"remarks": dict(remarks)} if remarks else {}))
             write_safetensors(aside / SAFE_WEIGHTS_NAME, stored_tensors(self.empty), self._tensors(), progress)
         return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from random import Random
@@ -14,12 +15,22 @@ from transformers.utils import logging
 
 from ..image_utils import RGBImageProcessorPil
 from .augment import NUM_DRAWS, ImageAugmentation
-from .image_text import BrokenRow, Columns, ImageText, ImageTextRows, any_caption, find_id_column, stable_id
+from .image_text import (
+    BrokenRow,
+    Columns,
+    ImageText,
+    ImageTextRows,
+    any_caption,
+    find_id_column,
+    prompt_columns,
+    stable_id,
+)
 from .sampling import Draw
 
 logger = logging.get_logger(__name__)
 
 TextOf = Callable[[ImageText, Random], str]
+LabelOf = Callable[[ImageText], str]
 
 
 def at_model_size(image: Any, image_processor: Any) -> torch.Tensor:
@@ -33,8 +44,10 @@ def at_model_size(image: Any, image_processor: Any) -> torch.Tensor:
 class _Samples:
     """Turns a row into a training sample. All that is random in it comes from (seed, epoch, index, copy)."""
 
-    def __init__(self, image_processor: Any, text_of: TextOf = any_caption, seed: int = 0):
-        self.image_processor, self.text_of, self.seed = image_processor, text_of, seed
+    def __init__(
+        self, image_processor: Any, text_of: TextOf = any_caption, seed: int = 0, label_of: LabelOf | None = None
+    ):
+        self.image_processor, self.text_of, self.seed, self.label_of = image_processor, text_of, seed, label_of
 
     def pixels(self, row: ImageText) -> torch.Tensor:
         return at_model_size(row.image, self.image_processor)
@@ -48,6 +61,7 @@ class _Samples:
             "may_flip": row.row.get("flip_ok") is not False,
             "image_id": row.image_id,
             "group": row.group,
+            **({"label": self.label_of(row)} if self.label_of else {}),
         }
 
 
@@ -64,6 +78,7 @@ class ImageTextDraws(torch.utils.data.Dataset):
         seed: of everything a sample draws.
         strict: raise at a broken row.
         cache_images: keep every picture at the model's size in memory.
+        label_of: a class of the picture, in words, that is told beside its text.
     """
 
     def __init__(
@@ -74,9 +89,10 @@ class ImageTextDraws(torch.utils.data.Dataset):
         seed: int = 0,
         strict: bool = False,
         cache_images: bool = False,
+        label_of: LabelOf | None = None,
     ):
         self.rows, self.strict = rows, strict
-        self.samples = _Samples(image_processor, text_of, seed)
+        self.samples = _Samples(image_processor, text_of, seed, label_of)
         self.cache: dict[int, tuple[ImageText, torch.Tensor]] | None = {} if cache_images else None
         self.broken: dict[int, tuple[str, str]] = {}
 
@@ -120,7 +136,7 @@ class ImageTextStream(torch.utils.data.IterableDataset):
     Args:
         stream: rows with undecoded pictures, already this rank's part.
         columns: what its columns hold.
-        image_processor, text_of, seed, strict: see `ImageTextDraws`.
+        image_processor, text_of, seed, strict, label_of: see `ImageTextDraws`.
         shuffle_buffer: rows among which the stream is shuffled; their undecoded pictures are in memory.
     """
 
@@ -135,9 +151,10 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         seed: int = 0,
         strict: bool = False,
         shuffle_buffer: int = 1_000,
+        label_of: LabelOf | None = None,
     ):
         self.stream, self.columns, self.strict, self.shuffle_buffer = stream, columns, strict, shuffle_buffer
-        self.samples = _Samples(image_processor, text_of, seed)
+        self.samples = _Samples(image_processor, text_of, seed, label_of)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch, skipped = 0, []
@@ -145,7 +162,7 @@ class ImageTextStream(torch.utils.data.IterableDataset):
             found = False
             for number, fields in enumerate(self._shuffled(epoch)):
                 try:
-                    row = self.columns.read(fields, f"with {fields.get(self.columns.caption)!r:.80}")
+                    row = self.columns.read(fields, self._called(fields))
                 except BrokenRow as error:
                     if self.strict:
                         raise
@@ -161,6 +178,16 @@ class ImageTextStream(torch.utils.data.IterableDataset):
             if not found:
                 raise ValueError(f"No row of the stream can be read{_first(skipped)}.")
             epoch += 1
+
+    def _called(self, fields: dict[str, Any]) -> str:
+        """What a message calls a row without id and file after the word "row": the same in every pass."""
+        if self.columns.caption is not None:
+            return f"with {fields.get(self.columns.caption)!r:.80}"
+        picture = fields.get(self.columns.image)
+        content = picture.get("bytes") if isinstance(picture, dict) else picture
+        if isinstance(content, bytes):
+            return f"with picture {hashlib.blake2b(content, digest_size=6).hexdigest()}"
+        return f"with {fields!r:.80}"
 
     def _shuffled(self, epoch: int) -> HFIterableDataset:
         """The stream in the order of one pass. (`set_epoch` would write to memory that workers share.)"""
@@ -183,12 +210,25 @@ class ContrastiveCollator:
         texts = [sample["text"] for sample in samples]
         tokens = self.processor.tokenizer(texts, padding=True, return_tensors="pt")
         return {
+            **self._labels(samples),
             "pixel_values": self.pixel_values(samples),
             "input_ids": tokens["input_ids"],
             "attention_mask": tokens["attention_mask"],
             "image_ids": torch.tensor([stable_id(sample["group"]) for sample in samples]),
             "text_ids": torch.tensor([stable_id(text.strip().lower()) for text in texts]),
             "skipped": [row for sample in samples for row in sample["skipped"]],
+        }
+
+    def _labels(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The texts of the batch's classes, and which of them each picture is of."""
+        if "label" not in samples[0]:
+            return {}
+        classes = sorted({sample["label"] for sample in samples})
+        tokens = self.processor.tokenizer(classes, padding=True, return_tensors="pt")
+        return {
+            "labels": torch.tensor([classes.index(sample["label"]) for sample in samples]),
+            "label_input_ids": tokens["input_ids"],
+            "label_attention_mask": tokens["attention_mask"],
         }
 
     def pixel_values(self, samples: list[dict[str, Any]]) -> torch.Tensor:
@@ -212,20 +252,27 @@ class ContrastiveCollator:
 
 
 class PromptCollator(ContrastiveCollator):
-    """Samples of pictures, or of their cached features, to the inputs of a composite: one sentence for all of them.
+    """Samples of pictures, or of their cached features, to the inputs of a composite: each picture in a sentence.
 
     Args:
         processor: of the model; called with ``num_images=1``, it says where the picture stands in the sentence.
-        prompt: the sentence, with one placeholder.
+        prompt: the sentence, with one placeholder. Where it names columns in braces, each sample's ``"text"`` is its own,
+            see `fill_prompt`.
         augmentation: see `ContrastiveCollator`; what is cached stays as it is.
     """
 
     def __init__(self, processor: Any, prompt: str, augmentation: ImageAugmentation | None = None):
         super().__init__(processor, augmentation)
         self.prompt = processor(text=prompt, num_images=1, return_tensors="pt")
+        self.has_columns = bool(prompt_columns(prompt))
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = {name: row.expand(len(samples), -1) for name, row in self.prompt.items()}
+        if self.has_columns:
+            batch = dict(
+                self.processor(text=[sample["text"] for sample in samples], num_images=1, return_tensors="pt")
+            )
+        else:
+            batch = {name: row.expand(len(samples), -1) for name, row in self.prompt.items()}
         if "vision_features" in samples[0]:
             batch["vision_features"] = torch.stack([sample["vision_features"] for sample in samples])
         else:

@@ -33,6 +33,7 @@ from torch import distributed as dist
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..files import ASIDE, flush, write_json
 from ..image_utils import load_picture, to_rgb
 from .image_text import BrokenRow, ImageTextRows
 from .sampling import Draw
@@ -41,7 +42,6 @@ logger = logging.get_logger(__name__)
 
 FORMAT = 1
 INDEX = "index.json"
-ASIDE = ".incomplete"
 SHARD_BYTES = 256 * 2**20
 SHARD_ROWS = 8192
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -85,6 +85,11 @@ class FeatureSpec:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
         for name in ("config", "preprocessing"):
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
+
+    @property
+    def digest(self) -> str:
+        """12 hexadecimal digits of what is compared: a name of the folder, where one holds several stores."""
+        return _digest(json.dumps(self._compared(), sort_keys=True))[:12]
 
     def difference(self, other: FeatureSpec) -> str | None:
         """The first thing that differs, in words, or None."""
@@ -364,23 +369,37 @@ def compute_features(
 
 
 class FeatureRows(torch.utils.data.Dataset):
-    """Stored features as a training set: ``{"vision_features": tensor, "group": key}`` for each picture, read batch
-    by batch.
+    """Stored features as a training set: ``{"vision_features": tensor, "group": ...}`` for each picture, read
+    batch by batch.
 
     Args:
         store: of the features.
         keys: of the pictures, in the order of the dataset; all of the store's by default.
         views: stored views of each picture (`view_key`). Asked for by `Draw`, an epoch sees one of them and the next
             epoch the next; asked for by a number, the first. 0 for keys without views.
+        groups: what each picture shows, see `ImageTextRows.groups`; by default its key.
+        texts: a sentence for each picture, given as ``"text"``.
 
     Raises:
         KeyError: a key is not stored.
+        ValueError: views without keys, or not one group for each key.
     """
 
-    def __init__(self, store: FeatureStore, keys: Sequence[str] | None = None, views: int = 0):
+    def __init__(
+        self,
+        store: FeatureStore,
+        keys: Sequence[str] | None = None,
+        views: int = 0,
+        groups: Sequence[str] | None = None,
+        texts: Sequence[str] | None = None,
+    ):
         if views and keys is None:
             raise ValueError("keys of the pictures are needed beside views: the store's own are of single views.")
         self.store, self.keys, self.views = store, list(store.keys if keys is None else keys), views
+        self.texts = texts
+        self.groups = self.keys if groups is None else list(groups)
+        if len(self.groups) != len(self.keys):
+            raise ValueError(f"there are {len(self.keys)} keys but {len(self.groups)} groups: give one for each key.")
         if views:
             keys_of_views = [view_key(key, view) for key in self.keys for view in range(views)]
             self.numbers = np.reshape(store.index_of(keys_of_views), (-1, views))
@@ -397,7 +416,9 @@ class FeatureRows(torch.utils.data.Dataset):
         draws = [draw if isinstance(draw, Draw) else Draw(0, draw) for draw in draws]
         features = self.store.rows([self._number(draw) for draw in draws])
         return [
-            {"vision_features": row, "group": self.keys[draw.index]} for row, draw in zip(features, draws, strict=True)
+            {"vision_features": row, "group": self.groups[draw.index]}
+            | ({"text": self.texts[draw.index]} if self.texts is not None else {})
+            for row, draw in zip(features, draws, strict=True)
         ]
 
     def _number(self, draw: Draw) -> int:
@@ -498,7 +519,7 @@ class _Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._clear({shard.name for shard in shards})
         if stored != self.spec:
-            _write_json(self.folder / INDEX, {"format": FORMAT, "spec": asdict(self.spec)})
+            write_json(self.folder / INDEX, {"format": FORMAT, "spec": asdict(self.spec)})
         row_bytes = 1 if row is None else max(row.nbytes, 1)
         whole_batches = min(SHARD_ROWS, SHARD_BYTES // row_bytes) // self.batch_size * self.batch_size
         rows = shard_rows or max(whole_batches, self.batch_size)
@@ -610,7 +631,7 @@ class _Job:
             aside = file.with_name(file.name + ASIDE)
             try:
                 save_file({"features": features}, aside)
-                _flush(aside)
+                flush(aside)
             except (OSError, SafetensorError) as error:
                 aside.unlink(missing_ok=True)
                 raise OSError(
@@ -623,7 +644,7 @@ class _Job:
             )
             os.replace(aside, file)
         fields = {key: value for key, value in asdict(shard).items() if key != "name"}
-        _write_json(self.folder / f"{name}.json", fields)
+        write_json(self.folder / f"{name}.json", fields, indent=None)
 
     def _clear(self, names: set[str]) -> None:
         """Takes away what a killed call left, files aside and shards without their JSON, and what is damaged."""
@@ -731,18 +752,6 @@ def _digest(*values: Any) -> str:
 def _checksum(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    aside = file.with_name(file.name + ASIDE)
-    aside.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
-    _flush(aside)
-    os.replace(aside, file)
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
 
 
 def _size(count: int) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from glob import escape, glob
 from pathlib import Path
 from random import Random
+from string import Formatter
 from typing import Any, ClassVar
 
 import fsspec
@@ -302,6 +303,29 @@ def no_text(sample: ImageText, rng: Random) -> str:
     return ""
 
 
+def prompt_columns(prompt: str) -> list[str]:
+    """The columns that a sentence names in braces: ``style`` in ``"* in the style of {style}"``."""
+    return [name for _, name, _, _ in Formatter().parse(prompt) if name]
+
+
+def fill_prompt(prompt: str, row: dict[str, Any]) -> str:
+    """A sentence with the row's values in the place of the columns that it names.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    if lacking := [name for name in prompt_columns(prompt) if name not in row]:
+        raise ValueError(
+            f"the prompt {prompt!r} names the column {lacking[0]!r}, but the data has only {', '.join(row)}."
+        )
+    return prompt.format_map(row)
+
+
+def prompted(prompt: str, sample: ImageText, rng: Random) -> str:
+    """The prompt as the text of every sample, see `fill_prompt`."""
+    return fill_prompt(prompt, sample.row)
+
+
 def any_caption(sample: ImageText, rng: Random) -> str:
     """One of the captions, each as likely."""
     return rng.choice(sample.captions)
@@ -330,9 +354,14 @@ def emoji_styled_text(sample: ImageText, rng: Random) -> str:
     return in_style(text, sample.row["style"]) if rng.random() < 0.9 else text
 
 
+def emoji_artist(sample: ImageText) -> str:
+    """What the artist alone is called: "in the style of noto"."""
+    return in_style("", sample.row["style"])
+
+
 def in_style(text: str, style: str) -> str:
     """A text that asks for an artist, as `emoji_styled_text` does."""
-    return f"{text} in the style of {style}"
+    return f"{text} in the style of {style}".strip()
 
 
 def emoji_corpus(rows: ImageTextRows, styled: bool = False) -> Iterator[str]:

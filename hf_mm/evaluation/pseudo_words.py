@@ -16,7 +16,7 @@ def evaluate_pseudo_words(
     model: nn.Module,
     processor: Any,
     images: Sequence[Any],
-    prompt: str,
+    prompt: str | Sequence[str],
     ids: Sequence[Hashable] | None = None,
     batch_size: int = 256,
     progress: bool = True,
@@ -26,7 +26,7 @@ def evaluate_pseudo_words(
     Args:
         model, processor, batch_size, progress: see `embed_composed`.
         images: n pictures.
-        prompt: a sentence with one placeholder.
+        prompt: a sentence with one placeholder, or one for each picture.
         ids: n ids of what the pictures show; each picture of an id is right for the others. By default each is its own.
 
     Returns:
@@ -34,7 +34,7 @@ def evaluate_pseudo_words(
         scores, and the count ``images``. Ties count against the model, see `retrieval_ranks`.
     """
     features = embed_images(model, processor, images, batch_size, progress, normalize=False)
-    texts = [prompt] * len(images)
+    texts = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
     words = embed_composed(model, processor, None, texts, batch_size, progress, vision_features=features)
     numbers = {identity: number for number, identity in enumerate(dict.fromkeys(ids or ()))}
     labels = torch.tensor([numbers[identity] for identity in ids]) if ids is not None else torch.arange(len(images))

@@ -208,7 +208,7 @@ def _finish(
     origins = [asdict(origin) for origin in conversion.checkpoint.origins]
     name = push_to_hub or Path(out).name
     card = converted_card(type(conversion.empty), conversion.empty.config, origins, license, name, **remarks)
-    folder = conversion.save(out, processor=processor, card=card)
+    folder = conversion.save(out, processor=processor, card=card, remarks=remarks)
     if push_to_hub:
         print(f"{folder} is pushed: {push_folder(folder, push_to_hub)}")
     return folder

@@ -49,8 +49,10 @@ def write_card(
     if {RECIPE_FILE, RESULT_FILE} <= set(records):
         card = _trained_card(folder, config, license, model_name)
     elif RECORD in records:
-        sources = _read(folder / RECORD, "sources")["sources"]
-        card = converted_card(_model_class(config), config, sources, license, model_name)
+        _read(folder / RECORD, "sources")
+        record = _read(folder / RECORD)
+        remarks = record.get("remarks", {})
+        card = converted_card(_model_class(config), config, record["sources"], license, model_name, **remarks)
     elif records:
         raise ValueError(
             f"{folder} holds a run that is not finished, of {records[0]} alone: train it to its end first."

@@ -76,7 +76,7 @@ def build_model_card(
         model_name: what the reader opens: a folder, or the id of the repository.
         model: the trained model.
         metrics: what `hf_mm.evaluation` returned: a dict of retrieval metrics, such a dict for each test set, or several
-            evaluations of either kind by name; or for each evaluation what a protocol of `hf_mm.evaluation.composed`
+            evaluations of either kind by name; or for each evaluation what `hf_mm.evaluation.emoji_composed`
             returns for each test set. A dict whose ``"is_result"`` is False is left out. Empty if there was none.
         training: facts of the run to print, such as its steps and seconds.
         data: ``"source"``, ``"pictures"`` (0 where unknown), ``"skipped"``, the rows left out with reasons, and where it
@@ -226,9 +226,16 @@ def _flatten(settings: dict[str, Any], is_local: Mapping[str, bool], prefix: str
         if isinstance(value, dict):
             yield from _flatten(value, is_local, f"{prefix}{name}.")
         elif isinstance(value, str):
-            yield prefix + name, public_name(value, is_local.get(prefix + name)) if "/" in value else value
+            known = is_local.get(prefix + name)
+            yield prefix + name, public_name(value, known) if _may_be_path(value, known) else value
         elif value is not None:
             yield prefix + name, value
+
+
+def _may_be_path(value: str, is_local: bool | None) -> bool:
+    """Whether a setting may be a path or an id, and no sentence in which a slash stands."""
+    is_sentence = " " in value and not (is_local or Path(value).is_absolute() or Path(value).exists())
+    return "/" in value and not is_sentence
 
 
 def _table_cell(value: Any) -> str:

@@ -20,12 +20,15 @@ from ..trainers.recipes import RECIPE_FILE, RESULT_FILE
 from .standalone import read_config, standalone_changes
 
 CARD = "README.md"
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 RECORDS = {RECIPE_FILE, RESULT_FILE}  # of a run: pushed with the last part of each local path
 
-# Folders and files that are no part of a model; logs of a training name the machine it ran on.
-LEFT_OUT = re.compile(r"\..*|__pycache__|checkpoint-\d+|runs|wandb|training_args\.bin")
+# Folders and files that are no part of a model: logs of a training name the machine it ran on, features are of the
+# pictures it saw.
+LEFT_OUT = re.compile(r"\..*|__pycache__|checkpoint-\d+|runs|wandb|features|training_args\.bin")
+PICTURES = "index/index.json"  # of an `ImageIndex`, whose folder is left out whole: it tells where its pictures are
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 TEMPORARY = {".tmp", ".lock", ".part", ".incomplete", ".swp"}
 TRAINING = re.compile(
@@ -121,7 +124,8 @@ class Push:
         generated = standalone_changes(self.folder, self.shim) if self.standalone or self.shim else {}
         names = files_to_push(self.folder)
         generated |= {name: _public_record(self.folder / name) for name in names if name in RECORDS}
-        generated[CARD] = card
+        config = generated.get(CONFIG) or (self.folder / CONFIG).read_text(encoding="utf-8")
+        generated |= {CONFIG: _public_config(self.folder / CONFIG, config), CARD: card}
         for name in sorted({*names, *generated}):
             content = generated[name].encode() if name in generated else self.folder / name
             yield CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
@@ -212,11 +216,12 @@ def push_folder(
     """Pushes a saved model to a repository of the Hub, in one commit that is there whole or not at all.
 
     The folder stays as it is: generated code, ``auto_map`` entries, the repository's name in the card, and a run's
-    records without local paths exist in the commit alone. Hidden files, ``training_args.bin`` and the folders
-    ``checkpoint-…``, ``runs`` and ``wandb`` are left out. Files of the repository stay, but for weights and adapters of an
-    earlier push that would be opened in place of these. The commit names the one it follows, so what someone else pushed
-    in the meantime is never overwritten. A repository that does not exist is made; where the push then certainly fails
-    before its commit and the repository is seen to be as it was made, it is removed again.
+    records and config without local paths exist in the commit alone. Hidden files, ``training_args.bin``, the folders
+    ``checkpoint-…``, ``runs``, ``wandb`` and ``features``, and an `ImageIndex` in a folder ``index`` are left out. Files
+    of the repository stay, but for weights and adapters of an earlier push that would be opened in place of these. The
+    commit names the one it follows, so what someone else pushed in the meantime is never overwritten. A repository that
+    does not exist is made; where the push then certainly fails before its commit and the repository is seen to be as it
+    was made, it is removed again.
 
     Args:
         folder: with ``config.json``, weights in safetensors, ``README.md`` and what else `save_pretrained` left.
@@ -254,8 +259,10 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def files_to_push(folder: Path) -> list[str]:
-    """Names of a folder's files, with subfolders, without hidden ones and checkpoints."""
-    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    """Names of a folder's files, with subfolders, without what is no part of the model (`LEFT_OUT`, `PICTURES`)."""
+    paths = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    indexes = {path.parent for path in folder.rglob(PICTURES)}
+    names = [path.relative_to(folder) for path in paths if indexes.isdisjoint(path.parents)]
     return [name.as_posix() for name in names if not any(LEFT_OUT.fullmatch(part) for part in name.parts)]
 
 
@@ -330,6 +337,7 @@ def _check_text(folder: Path, name: str, tokens: list[str]) -> None:
         return
     try:
         text = _public_record(path) if name in RECORDS else path.read_text(encoding="utf-8")
+        text = _public_config(path, text) if name == CONFIG else text
     except UnicodeDecodeError:
         return
     if TOKEN.search(text) or any(token in text for token in tokens):
@@ -356,6 +364,19 @@ def _public_record(path: Path) -> str:
         return PATH_IN_TEXT.sub(lambda found: PurePosixPath(found[0]).name, value)
 
     return json.dumps(_map_strings(content, public), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _public_config(path: Path, text: str) -> str:
+    """A config, of each local path that tells where a part came from only the last part."""
+    content = _parsed(path, text)
+    if not isinstance(content, dict):
+        return text
+    named = [(base, "name") for base in (content.get("base_models") or {}).values()]
+    named += [(part, "_name_or_path") for part in content.values() if isinstance(part, dict)]
+    local = [(part, key) for part, key in named if ABSOLUTE_PATH.fullmatch(part.get(key) or "")]
+    for part, key in local:
+        part[key] = re.split(r"[/\\]", part[key].rstrip("/\\"))[-1]
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n" if local else text
 
 
 def _parsed(path: Path, text: str) -> Any:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
 from transformers import Pipeline
 
 from ..evaluation.embeddings import inference
-from ..image_utils import flatten_images, to_rgb
+from ..image_utils import flatten_images, is_nest, to_rgb
 from .image_index import ImageIndex
 from .picture_source import content_key
 
@@ -75,11 +76,19 @@ class ComposedImageRetrievalPipeline(Pipeline):
         self._index = ImageIndex.build(self.model, self.processor, images, **options)
         return self._index
 
+    def add_pictures(self, images: Any, **options) -> ImageIndex:
+        """Adds pictures to the index that is searched; see `ImageIndex.append`, and `ImageIndex.save` to keep them."""
+        if self._index is None:
+            return self.index_pictures(images, **options)
+        self._index.append(self.model, self.processor, images, **options)
+        return self._index
+
     def __call__(self, image: Any = None, text: str | Sequence[str] | None = None, images: Any = None, **kwargs):
         """Searches.
 
         Args:
-            image: a picture (see `hf_mm.image_utils.to_rgb`; a path, say), or a list of pictures: one query each. Or
+            image: a picture (see `hf_mm.image_utils.to_rgb`; a path, say), or a list, column, `KeyDataset` or generator of
+                pictures: one query each. Or
                 queries whole: ``{"image": ..., "text": ...}``, or ``{"images": [...], "text": ...}`` for a text with
                 several placeholders, and optionally ``"id"``, the picture's id in the index; or a list of them.
             text: the sentence, with the placeholder of the processor (``*``) for the picture; or one for each picture.
@@ -160,8 +169,13 @@ def _queries(image: Any, text: Any, images: Any) -> Any:
         raise ValueError("there is no picture: give image, or images for a sentence with several placeholders.")
     if text is None:
         return image
-    if not isinstance(image, (list, tuple)):
+    if isinstance(image, Dataset):
+        image = [image[number] for number in range(len(image))]
+    if not is_nest(image):
         return {"image": image, "text": text}
+    image = list(image)
+    if not image:
+        raise ValueError("the list of pictures is empty.")
     texts = [text] * len(image) if isinstance(text, str) else text
     if len(texts) != len(image):
         raise ValueError(f"there are {len(texts)} texts for {len(image)} pictures: give one for each, or one for all.")

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..composite.fingerprint import fingerprint
+from ..data.features import feature_spec
 from ..evaluation.embeddings import embed_images
 from ..image_utils import AnyPictureMixin, to_rgb
 from .nearest import largest_products, precise_products
@@ -31,6 +32,8 @@ from .picture_source import OWN_COLUMNS, PictureSource, row_features
 logger = logging.get_logger(__name__)
 
 DESCRIPTION_FILE = "index.json"
+DESCRIBED = ("model", "fingerprint", "config", "dtype", "image_processor")
+OWN_FILES = {DESCRIPTION_FILE, "state.json", "dataset_info.json"}  # and *.arrow
 FORMAT = 1
 BACKEND_SETTINGS = ("image_processor_type", "processor_class", "auto_map")
 SPARE = 16  # candidates beyond those asked for
@@ -113,6 +116,8 @@ class ImageIndex:
         try:
             description = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))
             written = description["format"]
+            if written == FORMAT and (lacking := [name for name in DESCRIBED if name not in description]):
+                raise ValueError(f"{DESCRIPTION_FILE} has no {lacking[0]}")
             dataset = load_from_disk(str(folder)) if written == FORMAT else None
         except Exception as error:  # datasets raises anything at a damaged file
             reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -129,12 +134,11 @@ class ImageIndex:
         """Writes the index to a folder, in place of an index that was there, and goes on from the written files.
 
         Raises:
-            FileExistsError: the folder holds something else.
+            FileExistsError: the folder holds something else, or something beside an index.
         """
         folder = Path(folder)
-        is_free = not folder.exists() or (folder / DESCRIPTION_FILE).exists()
-        if not is_free and (folder.is_file() or any(folder.iterdir())):
-            raise FileExistsError(f"{folder} exists and is not an index of pictures: choose another folder.")
+        if folder.exists() and (folder.is_file() or (any(folder.iterdir()) and not _is_index_alone(folder))):
+            raise FileExistsError(f"{folder} exists and is not an index of pictures alone: choose another folder.")
         with _written_aside(folder) as aside:
             self.dataset.save_to_disk(str(aside))
             text = json.dumps(self.description, indent=1, ensure_ascii=False)
@@ -176,8 +180,8 @@ class ImageIndex:
         """Refuses a model or a processor that would embed pictures otherwise than those of the index.
 
         Raises:
-            ValueError: other weights (a model of another width has such), another dtype, or other settings of the image
-                processor.
+            ValueError: other weights (a model of another width has such), another dtype, or other settings of the model
+                or of the image processor.
         """
         of_index, of_model = self.description, describe(model, processor)
         built = f"the index was built with {of_index['model'] or 'a model without a name'}"
@@ -191,13 +195,11 @@ class ImageIndex:
                 f"{built}, whose weights are not those of {of_model['model'] or 'this model'}: open the index with the "
                 "model that built it, or build it again."
             )
-        ours, others = of_index["image_processor"], of_model["image_processor"]
-        changed = [name for name in sorted({*ours, *others}) if ours.get(name) != others.get(name)]
-        if changed:
-            told = ", ".join(f"{name} {ours.get(name)!r} there, {others.get(name)!r} here" for name in changed)
-            raise ValueError(
-                f"{built} and other settings of the image processor ({told}): use the same, or build it again."
-            )
+        for name, what in (("config", "model"), ("image_processor", "image processor")):
+            if told := list(_differences(of_index[name], of_model[name])):
+                raise ValueError(
+                    f"{built} and other settings of the {what} ({', '.join(told)}): use the same, or build it again."
+                )
 
     def search(
         self, queries: torch.Tensor, k: int, exclude: Sequence[Sequence[str]] | None = None
@@ -340,22 +342,39 @@ class ImageIndex:
 
 
 def describe(model: nn.Module, processor: Any) -> dict[str, Any]:
-    """What decides how a model embeds pictures, as JSON: its frozen weights, its dtype, and the image processor.
+    """What decides how a model embeds pictures, as JSON: its frozen weights and config, its dtype, and the image processor.
 
     Of a composite with a `clip`, that alone counts: what was trained on top embeds no pictures.
     """
-    settings = getattr(processor, "image_processor", processor).to_dict()
+    encoder = getattr(model, "clip", model)
+    spec = feature_spec(encoder, processor, fingerprint(encoder), "image_embeds")
     return {
         "format": FORMAT,
         "model": str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
-        "fingerprint": fingerprint(getattr(model, "clip", model)),
+        "fingerprint": spec.fingerprint,
+        "config": spec.config,
         "dtype": str(model.dtype).removeprefix("torch."),
         "image_processor": {
             name: value
-            for name, value in json.loads(json.dumps(settings, default=str)).items()
+            for name, value in spec.preprocessing.items()
             if name not in BACKEND_SETTINGS and value is not None
         },
     }
+
+
+def _differences(ours: dict[str, Any], others: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name in sorted({*ours, *others}):
+        there, here = ours.get(name), others.get(name)
+        if isinstance(there, dict) and isinstance(here, dict):
+            yield from _differences(there, here, f"{prefix}{name}.")
+        elif there != here:
+            yield f"{prefix}{name} {there!r} there, {here!r} here"
+
+
+def _is_index_alone(folder: Path) -> bool:
+    """Whether a folder holds an index, whole or damaged, and nothing else, so that another may take its place."""
+    names = {path.name for path in folder.iterdir()}
+    return {DESCRIPTION_FILE, "state.json"} <= names and all(n in OWN_FILES or n.endswith(".arrow") for n in names)
 
 
 class _NewRows:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, List, Value
 from PIL import Image as PILImage
 
 from ..data.image_text import IMAGE_COLUMNS, PICTURE_SUFFIXES, find_id_column
-from ..image_utils import load_picture, quantize, to_rgb
+from ..image_utils import is_nest, load_picture, quantize, to_rgb
 
 OWN_COLUMNS = ("id", "image", "content", "embedding")
 RESERVED_COLUMNS = (*OWN_COLUMNS, "row", "score")
@@ -56,6 +56,7 @@ class PictureSource:
         ValueError: there are no pictures, an id is taken or given twice, or a dataset has no column of pictures or one
             whose name the index needs.
         FileNotFoundError: a path is not a folder.
+        TypeError: this is one picture, or none.
     """
 
     def __init__(self, images: Any, ids: Sequence[Any] | None, known: Collection[str] = ()):
@@ -65,9 +66,15 @@ class PictureSource:
             self.images, default_ids = self._columns_of(images)
         elif isinstance(images, (str, PathLike)):
             self.images, default_ids = _files_of(Path(images))
+        elif isinstance(images, (DatasetDict, IterableDatasetDict)):
+            raise ValueError(f"the dataset has the splits {', '.join(images)}: give one of them.")
+        elif isinstance(images, IterableDataset):
+            raise ValueError("a streamed dataset has no rows to index: load it without streaming.")
+        elif not is_nest(images) and not hasattr(images, "__getitem__"):
+            raise TypeError(f"a {type(images).__name__} is not several pictures: give a list, a folder or a dataset.")
         else:
             self.images = images if hasattr(images, "__getitem__") else list(images)
-            default_ids = [str(image) if isinstance(image, (str, PathLike)) else None for image in images]
+            default_ids = _paths_of(self.images)
         if len(self.images) == 0:
             raise ValueError("there are no pictures to index.")
         if ids is not None and len(ids) != len(self.images):
@@ -149,6 +156,14 @@ def _files_of(folder: Path) -> tuple[list[Path], list[str]]:
         raise FileNotFoundError(f"{folder} is not a folder: give a folder of pictures, or a list of pictures.")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
     return files, [file.relative_to(folder).as_posix() for file in files]
+
+
+def _paths_of(images: Sequence[Any]) -> list[str | None]:
+    """The paths among pictures; a sequence that opens a picture when it is asked for is asked for the first alone."""
+    count = len(images)
+    if not isinstance(images, (list, tuple)) and not (count and isinstance(images[0], (str, PathLike))):
+        return [None] * count
+    return [str(image) if isinstance(image, (str, PathLike)) else None for image in images]
 
 
 def _unique_ids(ids: list[str | None], known: Collection[str]) -> list[str]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import gather_object
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from ..losses.contrastive import supervised_contrastive_loss
+from ..losses.contrastive import at_least_float32, supervised_contrastive_loss
 from .callbacks import ClampLogitScale, RunRecord, find_logit_scale
 from .checkpointing import AtomicCheckpoints
 from .optim import decay_parameter_names, refuse_half_precision, refuse_unsaved_parameters
@@ -30,6 +31,10 @@ class ContrastiveTrainingArguments(TrainingArguments):
     view_loss_temperature: float = field(
         default=0.1, metadata={"help": "Temperature of the loss between pictures of one group."}
     )
+    label_loss_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the loss that sorts pictures by the texts of their labels (0: none)."},
+    )
     overwrite: bool = field(default=False, metadata={"help": "Start anew in an output folder that holds another run."})
 
     def __post_init__(self):
@@ -45,7 +50,7 @@ class ContrastiveTrainer(AtomicCheckpoints, Trainer):
     """A Trainer for `MMClipModel` and its relatives.
 
     What it adds to Trainer: batches drawn by a batch sampler of the dataset's own, the loss between pictures of one
-    group, weight decay on matrices only, the clamp of the logit scale, losses and temperature in the log, whole
+    group, the loss of labels told in words, weight decay on matrices only, the clamp of the logit scale, losses and temperature in the log, whole
     checkpoints. Every rank takes part in training and evaluation steps, and the loss is over all of their rows.
 
     Args:
@@ -102,17 +107,35 @@ class ContrastiveTrainer(AtomicCheckpoints, Trainer):
         inputs = dict(inputs)
         for key, reason in inputs.pop("skipped", []):
             self.record.skipped.setdefault(str(key), reason)
+        names = ("labels", "label_input_ids", "label_attention_mask")
+        labels, ids, mask = (inputs.pop(name, None) for name in names)
         outputs = model(**inputs, gather_loss=True)
-        loss = outputs.loss
+        loss, parts = outputs.loss, {}
+        if self.args.label_loss_weight and model.training:
+            if labels is None:
+                raise ValueError("label_loss_weight needs labels in every batch: give the dataset label_of.")
+            parts["label_loss"] = self._label_loss(model, outputs.image_embeds, labels, ids, mask)
+            loss = loss + self.args.label_loss_weight * parts["label_loss"]
         if self.args.view_loss_weight and model.training:
             if "image_ids" not in inputs:
                 raise ValueError("view_loss_weight needs image_ids in every batch, the group that each picture is of.")
-            view_loss = supervised_contrastive_loss(
+            parts["view_loss"] = supervised_contrastive_loss(
                 outputs.image_embeds, inputs["image_ids"], self.args.view_loss_temperature
             )
-            self._record(contrastive_loss=loss, view_loss=view_loss)
-            loss = loss + self.args.view_loss_weight * view_loss
+            loss = loss + self.args.view_loss_weight * parts["view_loss"]
+        if parts:
+            self._record(contrastive_loss=outputs.loss, **parts)
         return (loss, outputs) if return_outputs else loss
+
+    def _label_loss(
+        self, model, image_embeds: torch.Tensor, labels: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Cross entropy of the pictures among the batch's labels, told in words, as zero-shot classification has it."""
+        dual = self.accelerator.unwrap_model(model)
+        texts = dual.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+        texts = nn.functional.normalize(at_least_float32(texts), dim=-1)
+        logits = dual.logit_scale.exp() * at_least_float32(image_embeds) @ texts.T
+        return nn.functional.cross_entropy(logits, labels)
 
     def gather_skipped(self) -> dict[str, str]:
         """The rows that any rank skipped, with reasons. Every rank must call it."""

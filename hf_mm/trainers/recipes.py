@@ -16,6 +16,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..files import write_json
 from ..version import __version__
 
 RECIPE_FILE = "recipe.json"
@@ -118,7 +119,7 @@ def claim_output_dir(output_dir: str | Path, settings: dict, overwrite: bool = F
         ):
             _remove(path.parent / file)
     elif path.exists():
-        earlier = json.loads(path.read_text())
+        earlier = json.loads(path.read_text("utf-8"))
         for name in sorted(settings.keys() | earlier.keys()):
             if earlier.get(name) != settings.get(name):
                 raise ValueError(
@@ -126,7 +127,7 @@ def claim_output_dir(output_dir: str | Path, settings: dict, overwrite: bool = F
                     "choose another --output_dir, or start anew with --overwrite true or by removing that folder."
                 )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+    write_json(path, settings, sort_keys=True)
 
 
 def _remove(path: Path) -> None:
@@ -150,10 +151,3 @@ def describe_machine(args: TrainingArguments) -> dict[str, str | int]:
         "transformers": transformers.__version__,
         "hf_mm": __version__,
     }
-
-
-def write_json(path: Path, value: dict | list) -> None:
-    """Writes a JSON file that is there whole or not at all."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(value, indent=2, sort_keys=True))
-    aside.replace(path)

@@ -123,6 +123,19 @@ def test_another_base_is_refused_in_one_sentence(kind, base, tmp_path):
     assert len(str(refused.value)) < 500
 
 
+def test_the_base_in_another_dtype_is_told_from_another_base(base, tmp_path):
+    model = pic2word(base)
+    model.save_trained_part(tmp_path / "part")
+    half = MMClipModel.from_pretrained(base, dtype=torch.bfloat16)
+    with pytest.raises(
+        ValueError,
+        match=r"its clip in float32, but the model given is in bfloat16: open that with dtype=torch\.float32",
+    ):
+        Pic2WordModel.from_trained_part(str(tmp_path / "part"), clip=half)
+    right = MMClipModel.from_pretrained(base, dtype=torch.float32)
+    assert same(Pic2WordModel.from_trained_part(str(tmp_path / "part"), clip=right), model)
+
+
 def test_one_bit_of_a_buffer_or_weight_makes_another_base(base, tmp_path):
     pic2word(base).save_trained_part(tmp_path / "part")
     other = MMClipModel.from_pretrained(base)

@@ -25,7 +25,16 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_mm.data.augment import AugmentArguments, ImageAugmentation
 from hf_mm.data.collators import ContrastiveCollator, ImageTextCollator, ImageTextDraws, ImageTextStream
-from hf_mm.data.image_text import BrokenRow, Columns, DataArguments, ImageTextRows, open_rows, open_stream, stable_id
+from hf_mm.data.image_text import (
+    BrokenRow,
+    Columns,
+    DataArguments,
+    ImageTextRows,
+    no_text,
+    open_rows,
+    open_stream,
+    stable_id,
+)
 from hf_mm.data.sampling import Draw, GroupBatchSampler
 from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
 from hf_mm.models.clip.processing_clip import MMClipProcessor
@@ -305,6 +314,20 @@ def test_a_stream_leaves_broken_rows_out_and_tells():
         take(stream_of(eight_pairs(), strict=True), 8)
 
 
+def test_a_stream_without_captions_tells_its_broken_rows_apart():
+    """Neither file nor id nor text names them: their pictures do, the same in every pass, whatever their group."""
+    rows = [{"bytes": encoded(picture("red")), "path": None}, *({"bytes": cut_jpeg()[:size]} for size in (300, 310))]
+    features = datasets.Features({"image": datasets.Image(decode=False), "kind": datasets.Value("string")})
+    dataset = datasets.Dataset.from_dict({"image": [*rows, None], "kind": ["one"] * 3 + ["two"]}, features=features)
+    columns = Columns("image", None, group="kind")
+    stream = ImageTextStream(dataset.to_iterable_dataset(), columns, tiny_processor().image_processor, no_text)
+    told = [name for sample in take(stream, 6) for name, _ in sample["skipped"]]
+    with_picture = {name for name in told if name.startswith("row with picture ")}
+    assert len(with_picture) == 2 and len(told) > 6
+    (without_picture,) = set(told) - with_picture
+    assert without_picture.startswith("row with {") and "'two'" in without_picture
+
+
 def test_a_stream_without_a_readable_row_is_one_sentence():
     """F04: a stream of broken rows does not run for ever."""
     with pytest.raises(ValueError, match="No row of the stream can be read; the first: row with "):
@@ -530,3 +553,15 @@ def test_rows_opened_from_files_train(tmp_path):
     assert batch.pop("skipped") == []
     loss = tiny_clip()(**batch).loss
     assert loss.item() > 0
+
+
+def test_labels_are_told_by_the_texts_of_the_batch():
+    """Each picture's label stands among the distinct ones, tokenised once each; without `label_of` there are none."""
+    names = ["warm", "cold", "warm", "cold", "warm", "none", "warm", "none"]
+    draws = draws_of(label_of=lambda row: names[int(row.image_id.split()[1])])
+    batch = ContrastiveCollator(tiny_processor())([draws[index] for index in (0, 1, 4, 5)])
+    classes = ["cold", "none", "warm"]
+    assert [classes[label] for label in batch["labels"]] == ["warm", "cold", "warm", "none"]
+    expected = tiny_processor().tokenizer(classes, padding=True, return_tensors="pt")
+    assert torch.equal(batch["label_input_ids"], expected["input_ids"])
+    assert "labels" not in ContrastiveCollator(tiny_processor())([draws_of()[0]])

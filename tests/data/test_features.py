@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -238,6 +239,22 @@ def test_the_same_weights_from_another_place_are_the_same_tower(tmp_path):
     compute(tmp_path)
     moved = spec(tower="/a/folder", revision=None, preprocessing=json.loads(json.dumps(SPEC.preprocessing)))
     assert compute(tmp_path, Encoder(until=0), spec=moved).keys == KEYS
+
+
+def test_the_digest_tells_specs_apart_as_comparing_them_does():
+    elsewhere = spec(tower="other/place", revision=None)
+    assert re.fullmatch("[0-9a-f]{12}", SPEC.digest) and SPEC.digest == elsewhere.digest
+    backwards = spec(config=dict(reversed(SPEC.config.items())))
+    assert backwards == SPEC and backwards.digest == SPEC.digest
+    others = [
+        spec(fingerprint="ab13"),
+        spec(features="image"),
+        spec(dtype="float16"),
+        spec(view="2 views"),
+        spec(config={}),
+    ]
+    others.append(spec(preprocessing={**SPEC.preprocessing, "resample": 2}))
+    assert len({SPEC.digest, *(other.digest for other in others)}) == len(others) + 1
 
 
 def test_an_index_without_features_binds_nobody(tmp_path):

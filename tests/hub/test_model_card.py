@@ -381,6 +381,23 @@ def test_a_pic2word_names_its_frozen_clip(pic2word, tmp_path):
     assert card.data.base_model == "someone/earlier" and "`someone/clip`, revision `1f3c`" in card.text
 
 
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("a photo/drawing of *", "a photo/drawing of *"),
+        ("/home/me/my prompts/one", "one"),
+        ("my/prompts", "my/prompts"),
+    ],
+)
+def test_a_sentence_with_a_slash_is_no_path(pic2word, tmp_path, prompt, shown):
+    settings = {"prompt": prompt, "placeholder": "*", "model_name_or_path": "someone/clip", "split": "train"}
+    assert [["prompt", shown]] == [
+        [row[0].strip("`"), row[1].strip("`")]
+        for row in tables(pic2word_card(pic2word, {}, tmp_path, settings=settings).text)
+        if row[0].strip("`") == "prompt"
+    ]
+
+
 @pytest.mark.parametrize("source", ["emoji", "someone/pictures"])
 def test_words_of_a_users_pictures(pic2word, tmp_path, source):
     row = {f"{kind}word_r{k}": 3.0 * k + len(kind) for kind in ("", "chance_") for k in (1, 5, 10)}

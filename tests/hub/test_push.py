@@ -131,6 +131,17 @@ class TestOneCommit:
         push_folder(folder, ID, standalone=False)
         assert set(pushed_files(hub)) == {".gitattributes", *MODEL_FILES}
 
+    def test_what_tells_of_the_pictures_it_saw_stays_at_home(self, hub, folder):
+        """Cached features and the index of pictures; another folder or file of that name arrives."""
+        features = ("features/0123456789ab/index.json", "features/0123456789ab/000000-0123abcd.json")
+        index = ("index/index.json", "index/state.json", "index/data-00000-of-00001.arrow", "x/index/index.json")
+        others = ("words/index/words.txt", "y/index", "figures/index.json")
+        for name in (*features, *index, *others):
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            (folder / name).write_text('{"picture": "/data/secret/a.png"}' if name not in others else "{}")
+        push_folder(folder, ID, standalone=False)
+        assert set(pushed_files(hub)) == {".gitattributes", *MODEL_FILES, *others}
+
     def test_shards_and_subfolders_arrive(self, hub, folder):
         weights = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
@@ -227,6 +238,22 @@ class TestRecords:
         skipped = {"a.png": "cannot read 'a.png'", "row 3": "see https://example.org/a/b"}
         assert json.loads(files["results.json"]) == {"data": {"skipped": skipped}, "loss": 0.5}
         assert json.loads((folder / "recipe.json").read_text()) == recipe
+
+    @pytest.mark.parametrize(
+        ("name", "pushed"),
+        [("/data/secret/clip", "clip"), ("C:\\secret\\clip", "clip"), ("openai/clip", "openai/clip"), (None, None)],
+    )
+    @pytest.mark.parametrize("standalone", [True, False])
+    def test_so_is_the_path_of_a_frozen_part(self, hub, folder, name, pushed, standalone):
+        config = json.loads((folder / "config.json").read_text())
+        config["base_models"] = {"clip": {"name": name, "revision": None}}
+        written = json.dumps(config)
+        (folder / "config.json").write_text(written)
+        push_folder(folder, ID, standalone=standalone)
+        found = json.loads(pushed_files(hub)["config.json"])
+        assert found["base_models"] == {"clip": {"name": pushed, "revision": None}}
+        assert ("auto_map" in found) == standalone and found["model_type"] == "mm_vit"
+        assert (folder / "config.json").read_text() == written
 
 
 def rewrite(name, content):

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import clip_models, conversion, train_step_resnet
+from benchmarks import clip_models, conversion, pic2word_step, train_step_resnet
 from benchmarks.harness import interleave
 from benchmarks.report import Report
 from benchmarks.train_step import check_agreement, contenders, make_step
@@ -71,6 +71,17 @@ def test_every_contender_opens_the_file(kind, tmp_path):
     path = str(conversion.write_file(kind, tmp_path, quick=True))
     for name in ("hf_mm", "hf_mm, to a folder", *(["open_clip"] if kind == "archive" else [])):
         assert conversion.child(name, kind, path, "seconds") > 0
+
+
+def test_contenders_of_the_pic2word_step_agree_and_train_the_mapper_alone(tmp_path):
+    contenders = pic2word_step.Contenders(clip_models.quick(pic2word_step.SIZES[0]), "cpu", tmp_path)
+    contenders.check()
+    before = {name: value.clone() for name, value in contenders.ours.state_dict().items()}
+    for way in (contenders.cached, contenders.live, contenders.transformers):
+        contenders.step(way, autocast=False)()
+    changed = {name for name, value in contenders.ours.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.startswith("mapper.")}
+    contenders.check()
 
 
 def test_ratios_and_targets_of_a_report():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import PreTrainedConfig
 
 from hf_mm.evaluation.embeddings import embed_images
 from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
@@ -48,8 +49,8 @@ def files(tmp_path):
 class Table:
     """A processor for `TableModel`: a picture is the number that its first pixel holds."""
 
-    def to_dict(self):
-        return {}
+    def to_json_string(self):
+        return "{}"
 
     def __call__(self, images, return_tensors):
         return {"pixel_values": torch.tensor([float(np.asarray(image)[0, 0, 0]) for image in images])}
@@ -58,7 +59,9 @@ class Table:
 def of_vectors(vectors: torch.Tensor, **options) -> ImageIndex:
     """An index of given embeddings, made unit length."""
     pictures = [Image.new("RGB", (1, 1), (number, 0, 0)) for number in range(len(vectors))]
-    return ImageIndex.build(TableModel(vectors, vectors), Table(), pictures, progress=False, **options)
+    model = TableModel(vectors, vectors)
+    model.config = PreTrainedConfig()
+    return ImageIndex.build(model, Table(), pictures, progress=False, **options)
 
 
 def embeddings(index: ImageIndex) -> torch.Tensor:

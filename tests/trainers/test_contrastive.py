@@ -21,12 +21,16 @@ def collate(samples):
     return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
 
 
-def test_loss_is_the_sum_of_both_terms(tmp_path):
-    trainer = toy_trainer(str(tmp_path))
-    model = trainer.model.train()
+def without_dropout(model):
     for module in model.modules():
         if hasattr(module, "dropout") and isinstance(module.dropout, float):
             module.dropout = 0.0
+    return model
+
+
+def test_loss_is_the_sum_of_both_terms(tmp_path):
+    trainer = toy_trainer(str(tmp_path))
+    model = without_dropout(trainer.model.train())
     batch = collate([Pairs()[i] for i in range(8)])
     loss = trainer.compute_loss(model, batch)
     outputs = model.eval()(**batch)
@@ -34,6 +38,35 @@ def test_loss_is_the_sum_of_both_terms(tmp_path):
     expected = image_text_contrastive_loss(outputs.image_embeds, outputs.text_embeds, scale, batch["image_ids"])
     expected = expected + 0.5 * supervised_contrastive_loss(outputs.image_embeds, batch["image_ids"], 0.1)
     torch.testing.assert_close(loss, expected)
+
+
+def test_labels_are_sorted_by_their_texts_and_logged_apart(tmp_path):
+    """The third term is zero-shot classification among the texts of the batch's labels; each term is logged as it is."""
+    trainer = toy_trainer(str(tmp_path), label_loss_weight=2.0)
+    batch = collate([Pairs()[i] for i in range(8)])
+    classes = Pairs()[20]["input_ids"][None].repeat(3, 1)
+    classes[:, 2] = torch.arange(3)
+    batch["labels"] = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0])
+    model = without_dropout(trainer.model.train())
+    loss = trainer.compute_loss(model, {**batch, "label_input_ids": classes, "label_attention_mask": None})
+
+    outputs = model(pixel_values=batch["pixel_values"], input_ids=batch["input_ids"], image_ids=batch["image_ids"])
+    texts = torch.nn.functional.normalize(model.get_text_features(classes).pooler_output, dim=-1)
+    logits = model.logit_scale.exp() * outputs.image_embeds @ texts.T
+    label_loss = -logits.log_softmax(dim=1).gather(1, batch["labels"][:, None]).mean()
+    view_loss = supervised_contrastive_loss(outputs.image_embeds, batch["image_ids"], 0.1)
+    torch.testing.assert_close(loss, outputs.loss + 2.0 * label_loss + 0.5 * view_loss)
+    trainer.log(logs := {"loss": loss.item()})
+    expected = {"contrastive_loss": outputs.loss, "label_loss": label_loss, "view_loss": view_loss}
+    assert {name: logs[name] for name in expected} == pytest.approx(
+        {name: value.item() for name, value in expected.items()}, abs=1e-3
+    )
+
+
+def test_a_weight_for_labels_needs_labels(tmp_path):
+    trainer = toy_trainer(str(tmp_path), label_loss_weight=1.0)
+    with pytest.raises(ValueError, match="labels in every batch"):
+        trainer.compute_loss(trainer.model.train(), collate([Pairs()[i] for i in range(8)]))
 
 
 def test_raw_columns_reach_the_collator(tmp_path):

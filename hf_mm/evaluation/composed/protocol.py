@@ -16,6 +16,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from ... import files
 from ...image_utils import to_rgb
 from ..embeddings import embed_composed, embed_images, embed_texts
 from ..metrics import BROKEN, TIE, chance_recall_at_k, label_ranks, recall_at_k
@@ -216,11 +217,8 @@ def published_format(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    """Writes a file that is there whole or not at all, once for all processes."""
+    """See `hf_mm.files.write_json`: once for all processes, in a folder that is made if need be."""
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    separators = (",", ":") if indent is None else None
-    aside.write_text(json.dumps(content, indent=indent, separators=separators, ensure_ascii=False), encoding="utf-8")
-    aside.replace(path)
+    files.write_json(path, content, indent)

@@ -1,7 +1,7 @@
 """What others have published for these protocols, in percent.
 
 A line has the metrics by the names that the protocols use, the split or group they hold for, their source, and
-`verified`: True where the figure was found alike in several papers, False where one paper alone has it.
+`verified`: True where several papers have the figure alike, False where it was not checked against its source.
 """
 
 from __future__ import annotations

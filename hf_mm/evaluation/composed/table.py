@@ -31,7 +31,7 @@ def format_table(result: dict[str, Any]) -> str:
         blocks.append(_block(group, rows))
     lines = [line for group in published.values() for line in group.values()]
     sources = dict.fromkeys(line["source"] for line in lines)
-    note = f"Published: {'; '.join(sources)}.{UNVERIFIED}: in one place only, not checked against another."
+    note = f"Published: {'; '.join(sources)}.{UNVERIFIED}: not checked against the source."
     return "\n\n".join([*blocks, note])
 
 

@@ -46,7 +46,8 @@ class Pic2WordConfig(PreTrainedConfig):
             without ``model_type`` is an `MMClipConfig`.
         mapper_config: config, or dict of one, of the mapping network; its two outer widths are CLIP's unless given.
         placeholder_token_id: the token that a picture's word replaces; 265 is ``*`` in CLIP's vocabulary.
-        base_models: where the frozen CLIP came from, ``{"clip": {"name": ..., "revision": ...}}``, for people.
+        base_models: where the frozen CLIP came from, ``{"clip": {"name": folder or Hub id, "revision": commit or None}}``;
+            `save_trained_part` records it, and `from_trained_part` looks for CLIP there.
     """
 
     model_type = "pic2word"

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ...composite.dual_encoder import texts_with_words, vision_side, word_embeddings
-from ...composite.freezing import upstream
+from ...composite.freezing import is_trained, upstream
 from ...composite.modeling_composite import MMCompositeModel
 from ...losses.contrastive import at_least_float32, check_pairs, image_text_contrastive_loss
 from ...nn.pretrained import MMPreTrainedModel, torch_default_
@@ -132,8 +132,12 @@ class Pic2WordModel(MMCompositeModel):
             clip: folder or Hub id of a dual encoder, or the model itself.
             placeholder_token_id: id of the placeholder in its vocabulary.
             **mapper_fields: of `Pic2WordMapperConfig`, such as `hidden_dim`.
+
+        Raises:
+            ValueError: it is no dual encoder.
         """
         clip = clip if isinstance(clip, PreTrainedModel) else AutoModel.from_pretrained(clip)
+        check_dual_encoder(clip)
         source = {"name": clip.name_or_path, "revision": getattr(clip.config, "_commit_hash", None)}
         config = Pic2WordConfig(
             clip_config=clip.config,
@@ -205,8 +209,8 @@ class Pic2WordModel(MMCompositeModel):
             The text tower's output with `pooler_output` ``(N, D)`` in the joint space, not of unit length.
 
         Raises:
-            ValueError: both or neither of pixels and features; a row without placeholder; placeholders and pictures are
-                not equally many; the mask or the features have another shape.
+            ValueError: both or neither of pixels and features; features while the picture tower trains; a row without
+                placeholder; placeholders and pictures are not equally many; the mask or the features have another shape.
         """
         features = self._features_of(pixel_values, vision_features, {}).pooler_output
         return self._compose(features, input_ids, attention_mask, placeholder_mask, kwargs)[0]
@@ -272,6 +276,11 @@ class Pic2WordModel(MMCompositeModel):
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("give either pixel_values or vision_features, not both and not neither.")
         if vision_features is not None:
+            if self.training and any(map(is_trained, vision_side(self.clip))):
+                raise ValueError(
+                    "the picture tower trains, itself or by adapters, which vision_features would pass by: give "
+                    "pixel_values."
+                )
             return BaseModelOutputWithPooling(pooler_output=vision_features)
         return self.get_image_features(pixel_values, **kwargs)
 
@@ -308,6 +317,16 @@ class Pic2WordModel(MMCompositeModel):
             raise ValueError(
                 f"the texts have {total} placeholders ({per_row.tolist()} a row), but there are {num_images} pictures."
             )
+
+
+def check_dual_encoder(clip: PreTrainedModel) -> None:
+    """Raises ValueError where a model does not embed pictures and texts into one space, or has no temperature."""
+    needed = ("get_image_features", "get_text_features", "text_model", "logit_scale")
+    if lacking := [name for name in needed if not hasattr(clip, name)]:
+        raise ValueError(
+            f"{clip.name_or_path or 'the model given'} is a {type(clip).__name__}, which is no dual encoder of pictures "
+            f"and texts (it has no {lacking[0]}): give a CLIP, say."
+        )
 
 
 def check_shapes(input_ids: torch.Tensor, **masks: torch.Tensor | None) -> None:

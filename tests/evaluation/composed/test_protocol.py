@@ -148,4 +148,4 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "new/one.json", {"a": object()})
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["one.json"]
-    assert (tmp_path / "new/one.json").read_text() == '{\n  "a": 1\n}'
+    assert (tmp_path / "new/one.json").read_text() == '{\n  "a": 1\n}\n'

@@ -8,8 +8,10 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import (
+    AlignConfig,
     AltCLIPConfig,
     AutoModel,
     BertConfig,
@@ -432,6 +434,38 @@ def test_features_in_place_of_pixels_are_bit_equal_in_training():
         out.loss.backward()
         gradients.append([out.loss.detach(), *(parameter.grad.clone() for parameter in model.mapper.parameters())])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_features_are_refused_while_the_picture_tower_trains():
+    """They would pass it by: it would never change. A text tower that trains sees every step, and so may they."""
+    model = pic2word().train()
+    features = model.vision_features(PIXELS)
+    ids = PROMPT.repeat(6, 1)
+    model.clip.text_model.requires_grad_(True)
+    model(ids, vision_features=features).loss.backward()
+    model.clip.vision_model.requires_grad_(True)
+    for call in (model, model.get_composed_features):
+        with pytest.raises(ValueError, match="the picture tower trains, .*: give pixel_values"):
+            call(ids, vision_features=features)
+    model(ids, PIXELS).loss.backward()
+    assert model.eval()(ids, vision_features=features).composed_embeds.shape == (6, 24)
+
+
+def test_features_are_refused_beside_adapters_of_the_picture_tower():
+    model = pic2word()
+    features = model.vision_features(PIXELS)
+    inject_adapter_in_model(LoraConfig(target_modules=r".*vision_model.*\.q_proj"), model.clip)
+    model.train()
+    with pytest.raises(ValueError, match="by adapters"):
+        model(PROMPT.repeat(6, 1), vision_features=features)
+
+
+@pytest.mark.parametrize("config", [BertConfig(**BERT), AlignConfig(text_config=BERT)], ids=["bert", "align"])
+def test_a_base_that_is_no_dual_encoder_is_refused(config):
+    with torch.device("meta"):
+        base = AutoModel.from_config(config)
+    with pytest.raises(ValueError, match=rf"the model given is a {type(base).__name__}, which is no dual encoder"):
+        Pic2WordModel.from_clip_pretrained(base)
 
 
 def test_training_moves_the_mapper_alone():
