@@ -19,12 +19,13 @@ METRICS = {
 }
 
 
-def test_it_is_small_and_holds_what_is_needed_alone():
-    assert {file.name for file in FOLDER.iterdir()} == {
+@pytest.mark.parametrize("folder", [FOLDER, FOLDER.with_name("mm-clip-emoji-styled")], ids=lambda folder: folder.name)
+def test_it_is_small_and_holds_what_is_needed_alone(folder):
+    assert {file.name for file in folder.iterdir()} == {
         *("README.md", "config.json", "model.safetensors"),
         *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
     }
-    assert sum(file.stat().st_size for file in FOLDER.iterdir()) <= 5_000_000
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 5_000_000
 
 
 @pytest.mark.parametrize("form", ["size_normalized", "original"])
