@@ -74,6 +74,11 @@ def _put(embeds: torch.Tensor, words: torch.Tensor, places: torch.Tensor) -> tor
 def _with_hook(dual, input_ids, words, places, attention_mask, kwargs) -> BaseModelOutputWithPooling:
     """For text towers that take ids alone: the output of their embedding table is replaced on its way."""
     table = word_embeddings(dual)
+    if (highest := int(input_ids.max())) >= table.num_embeddings:
+        raise ValueError(
+            f"input_ids holds id {highest}, but the model's vocabulary has {table.num_embeddings}: after adding tokens call "
+            "model.resize_token_embeddings(len(tokenizer))."
+        )
     hook = table.register_forward_hook(lambda module, args, embeds: _put(embeds, words, places))
     try:
         mask = {} if attention_mask is None else {"attention_mask": attention_mask}
