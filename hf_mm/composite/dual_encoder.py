@@ -15,6 +15,16 @@ def word_embeddings(dual: PreTrainedModel) -> nn.Module:
     return dual.text_model.get_input_embeddings()
 
 
+def check_ids(dual: PreTrainedModel, input_ids: torch.Tensor) -> None:
+    """Raises ValueError for an id beyond the text tower's vocabulary."""
+    size = word_embeddings(dual).num_embeddings
+    if not torch.compiler.is_compiling() and (highest := int(input_ids.max())) >= size:
+        raise ValueError(
+            f"input_ids holds id {highest}, but the model's vocabulary has {size}: after adding tokens call "
+            "model.resize_token_embeddings(len(tokenizer))."
+        )
+
+
 def vision_side(dual: PreTrainedModel) -> list[nn.Module]:
     """All modules that picture embeddings may come from: those that are not the text tower's."""
     return [module for name, module in dual.named_children() if not name.startswith("text_")]
@@ -74,11 +84,7 @@ def _put(embeds: torch.Tensor, words: torch.Tensor, places: torch.Tensor) -> tor
 def _with_hook(dual, input_ids, words, places, attention_mask, kwargs) -> BaseModelOutputWithPooling:
     """For text towers that take ids alone: the output of their embedding table is replaced on its way."""
     table = word_embeddings(dual)
-    if (highest := int(input_ids.max())) >= table.num_embeddings:
-        raise ValueError(
-            f"input_ids holds id {highest}, but the model's vocabulary has {table.num_embeddings}: after adding tokens call "
-            "model.resize_token_embeddings(len(tokenizer))."
-        )
+    check_ids(dual, input_ids)
     hook = table.register_forward_hook(lambda module, args, embeds: _put(embeds, words, places))
     try:
         mask = {} if attention_mask is None else {"attention_mask": attention_mask}

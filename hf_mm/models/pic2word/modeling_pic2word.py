@@ -10,7 +10,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from ...composite.dual_encoder import texts_with_words, vision_side, word_embeddings
+from ...composite.dual_encoder import check_ids, texts_with_words, vision_side, word_embeddings
 from ...composite.freezing import is_trained, upstream
 from ...composite.modeling_composite import MMCompositeModel
 from ...losses.contrastive import at_least_float32, check_pairs, image_text_contrastive_loss
@@ -182,6 +182,7 @@ class Pic2WordModel(MMCompositeModel):
     ) -> BaseModelOutputWithPooling:
         """The frozen CLIP's text embeddings: `pooler_output` ``(N, D)`` of ids ``(N, T)``, not of unit length."""
         self.hold_frozen_parts()
+        check_ids(self.clip, input_ids)
         mask = {} if attention_mask is None else {"attention_mask": attention_mask}
         return self.clip.get_text_features(input_ids=input_ids, **mask, **kwargs)
 
