@@ -254,33 +254,47 @@ def train(argv: list[str] | None = None) -> Path:
     skipped = trainer.gather_skipped()
     metrics = evaluate(model, processor, data, skipped)
     if trainer.is_world_process_zero():
-        named = {"source": data_args.source, "model_name_or_path": model_args.model_name_or_path}
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        results = {
-            "metrics": metrics,
-            "training": {
-                "steps": trainer.state.global_step,
-                "seconds": round(trainer.record.seconds, 1),
-                "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-                "loss": losses[-1] if losses else None,
-                "parameters": model.num_parameters(),
-            },
-            "data": {
-                "source": data_args.source,
-                "pictures": len(data.train or []),
-                "skipped": skipped,
-                "is_local": {name: Path(value).exists() for name, value in named.items() if value},
-            },
-            "machine": describe_machine(args),
-        }
-        write_json(output_dir / LOG_FILE, trainer.state.log_history)
-        card = build_model_card(
-            "clip", model_name=shown_name(output_dir), model=model, settings=settings, license="other", **results
-        )
-        card.save(output_dir / "README.md")
-        write_json(output_dir / RESULT_FILE, results)
-        report_skipped(skipped)
+        write_results("clip", trainer, metrics, skipped, data, model_args.model_name_or_path, settings)
     return output_dir
+
+
+def write_results(
+    template: str,
+    trainer: ContrastiveTrainer,
+    metrics: dict,
+    skipped: dict[str, str],
+    data: Data,
+    model_name_or_path: str | None,
+    settings: dict,
+) -> None:
+    """Writes log, card and results of a finished run into its folder, the results last, and tells what was skipped."""
+    args, model, output_dir = trainer.args, trainer.model, Path(trainer.args.output_dir)
+    named = {"source": data.args.source, "model_name_or_path": model_name_or_path}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    results = {
+        "metrics": metrics,
+        "training": {
+            "steps": trainer.state.global_step,
+            "seconds": round(trainer.record.seconds, 1),
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "loss": losses[-1] if losses else None,
+            "parameters": model.num_parameters(only_trainable=True),
+        },
+        "data": {
+            "source": data.args.source,
+            "pictures": len(data.train or []),
+            "skipped": skipped,
+            "is_local": {name: Path(value).exists() for name, value in named.items() if value},
+        },
+        "machine": describe_machine(args),
+    }
+    write_json(output_dir / LOG_FILE, trainer.state.log_history)
+    card = build_model_card(
+        template, model_name=shown_name(output_dir), model=model, settings=settings, license="other", **results
+    )
+    card.save(output_dir / "README.md")
+    write_json(output_dir / RESULT_FILE, results)
+    report_skipped(skipped)
 
 
 def report_skipped(skipped: dict[str, str], shown: int = 10) -> None:

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from train_clip import LOG_FILE, MAX_HELD_OUT, Data, report_skipped
+from train_clip import MAX_HELD_OUT, Data, write_results
 from transformers import AutoModel, AutoProcessor, set_seed
 from transformers.trainer_callback import ProgressCallback
 
@@ -35,8 +35,6 @@ from hf_mm.evaluation.emoji_composed import (
     evaluate_style_conversion,
 )
 from hf_mm.evaluation.pseudo_words import evaluate_pseudo_words
-from hf_mm.files import write_json
-from hf_mm.hub.model_card import build_model_card, shown_name
 from hf_mm.models.pic2word.modeling_pic2word import Pic2WordModel, check_dual_encoder
 from hf_mm.models.pic2word.processing_pic2word import Pic2WordProcessor
 from hf_mm.trainers.callbacks import LiveProgress
@@ -46,7 +44,6 @@ from hf_mm.trainers.recipes import (
     RESULT_FILE,
     claim_output_dir,
     decisive_settings,
-    describe_machine,
     parse_recipe,
 )
 
@@ -275,32 +272,7 @@ def train(argv: list[str] | None = None, pictures: EmojiPictures | None = None) 
     skipped = trainer.gather_skipped() | unreadable
     metrics = evaluate(model, processor, data, skipped, pictures)
     if trainer.is_world_process_zero():
-        named = {"source": data_args.source, "model_name_or_path": model_args.model_name_or_path}
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        results = {
-            "metrics": metrics,
-            "training": {
-                "steps": trainer.state.global_step,
-                "seconds": round(trainer.record.seconds, 1),
-                "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-                "loss": losses[-1] if losses else None,
-                "parameters": model.num_parameters(only_trainable=True),
-            },
-            "data": {
-                "source": data_args.source,
-                "pictures": len(data.train or []),
-                "skipped": skipped,
-                "is_local": {name: Path(value).exists() for name, value in named.items() if value},
-            },
-            "machine": describe_machine(args),
-        }
-        write_json(output_dir / LOG_FILE, trainer.state.log_history)
-        card = build_model_card(
-            "pic2word", model_name=shown_name(output_dir), model=model, settings=settings, license="other", **results
-        )
-        card.save(output_dir / "README.md")
-        write_json(output_dir / RESULT_FILE, results)
-        report_skipped(skipped)
+        write_results("pic2word", trainer, metrics, skipped, data, model_args.model_name_or_path, settings)
     return output_dir
 
 

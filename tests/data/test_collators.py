@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+from functools import partial
 
 import datasets
 import pytest
@@ -24,20 +25,30 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_mm.data.augment import AugmentArguments, ImageAugmentation
-from hf_mm.data.collators import ContrastiveCollator, ImageTextCollator, ImageTextDraws, ImageTextStream
+from hf_mm.data.collators import (
+    ContrastiveCollator,
+    ImageTextCollator,
+    ImageTextDraws,
+    ImageTextStream,
+    PromptCollator,
+)
 from hf_mm.data.image_text import (
     BrokenRow,
     Columns,
     DataArguments,
     ImageTextRows,
+    fill_prompt,
     no_text,
     open_rows,
     open_stream,
+    prompt_columns,
+    prompted,
     stable_id,
 )
 from hf_mm.data.sampling import Draw, GroupBatchSampler
 from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
 from hf_mm.models.clip.processing_clip import MMClipProcessor
+from hf_mm.models.pic2word.processing_pic2word import Pic2WordProcessor
 from hf_mm.trainers.contrastive import ContrastiveTrainer, ContrastiveTrainingArguments
 
 COLUMNS = Columns("image", "caption")
@@ -565,3 +576,25 @@ def test_labels_are_told_by_the_texts_of_the_batch():
     expected = tiny_processor().tokenizer(classes, padding=True, return_tensors="pt")
     assert torch.equal(batch["label_input_ids"], expected["input_ids"])
     assert "labels" not in ContrastiveCollator(tiny_processor())([draws_of()[0]])
+
+
+def test_a_prompt_may_name_columns():
+    """Each picture stands in the sentence of its own row, its pixels or its features alike; a wrong column is named."""
+    prompt = "* drawn by {artist}"
+    assert prompt_columns(prompt) == ["artist"] and prompt_columns("a photo of *") == []
+    artists = [f"hand {number}" for number in range(8)]
+    dataset = eight_pairs(broken=False).add_column("artist", artists)
+    rows, clip = ImageTextRows(dataset, COLUMNS), tiny_processor()
+    processor = Pic2WordProcessor(clip.image_processor, clip.tokenizer)
+    draws = ImageTextDraws(rows, processor.image_processor, partial(prompted, prompt))
+    samples = [draws[index] for index in (5, 0, 2)]
+    batch = PromptCollator(processor, prompt)(samples)
+    expected = processor(
+        images=[rows[index].image for index in (5, 0, 2)], text=[f"* drawn by {artists[index]}" for index in (5, 0, 2)]
+    )
+    for name in ("input_ids", "attention_mask", "placeholder_mask", "pixel_values"):
+        assert torch.equal(batch[name], expected[name]), name
+    features = [{**sample, "vision_features": torch.ones(4)} for sample in samples]
+    assert torch.equal(PromptCollator(processor, prompt)(features)["input_ids"], expected["input_ids"])
+    with pytest.raises(ValueError, match="'style'.*artist"):
+        fill_prompt("* in the style of {style}", rows[0].row)

@@ -4,8 +4,8 @@ from argparse import Namespace
 
 import pytest
 
-pytest.importorskip("faiss")
-pytest.importorskip("open_clip")
+pytest.importorskip("faiss", reason="faiss is in the environment of the peers alone")
+pytest.importorskip("open_clip", reason="open_clip is in the environment of the peers alone")
 
 import datasets
 import numpy as np
