@@ -71,7 +71,7 @@ def index_of(embeddings: torch.Tensor) -> ImageIndex:
         "dtype": "float32",
         "image_processor": {},
     }
-    return ImageIndex(Dataset(pa.Table.from_pydict(columns, schema=schema)), description)
+    return ImageIndex(Dataset(pa.Table.from_pydict(columns, schema=schema), fingerprint="random"), description)
 
 
 def open_ours(folder: Path) -> ImageIndex:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets, load_from_disk
+from datasets import Dataset, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 from torch import nn
 from tqdm.auto import tqdm
@@ -32,9 +32,10 @@ from .picture_source import OWN_COLUMNS, PictureSource, row_features
 logger = logging.get_logger(__name__)
 
 DESCRIPTION_FILE = "index.json"
+ROWS_FILE = "rows.arrow"
 DESCRIBED = ("model", "fingerprint", "config", "dtype", "image_processor")
-OWN_FILES = {DESCRIPTION_FILE, "state.json", "dataset_info.json"}  # and *.arrow
 FORMAT = 1
+BATCH_BYTES = 2**25  # of a batch of rows in the file: a batch is multiplied in one piece
 BACKEND_SETTINGS = ("image_processor_type", "processor_class", "auto_map")
 SPARE = 16  # candidates beyond those asked for
 DOUBT = 1e-5  # more than float32 products of unit vectors are off by
@@ -118,7 +119,7 @@ class ImageIndex:
             written = description["format"]
             if written == FORMAT and (lacking := [name for name in DESCRIBED if name not in description]):
                 raise ValueError(f"{DESCRIPTION_FILE} has no {lacking[0]}")
-            dataset = load_from_disk(str(folder)) if written == FORMAT else None
+            dataset = Dataset.from_file(str(folder / ROWS_FILE)) if written == FORMAT else None
         except Exception as error:  # datasets raises anything at a damaged file
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(f"the index {folder} cannot be read ({reason}): build it again.") from error
@@ -140,10 +141,10 @@ class ImageIndex:
         if folder.exists() and (folder.is_file() or (any(folder.iterdir()) and not _is_index_alone(folder))):
             raise FileExistsError(f"{folder} exists and is not an index of pictures alone: choose another folder.")
         with _written_aside(folder) as aside:
-            self.dataset.save_to_disk(str(aside))
+            _write_rows(self.dataset, aside / ROWS_FILE)
             text = json.dumps(self.description, indent=1, ensure_ascii=False)
             (aside / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
-        self.dataset = load_from_disk(str(folder))
+        self.dataset = Dataset.from_file(str(folder / ROWS_FILE))
         self._temporary.clear()
         self._forget()
 
@@ -373,8 +374,16 @@ def _differences(ours: dict[str, Any], others: dict[str, Any], prefix: str = "")
 
 def _is_index_alone(folder: Path) -> bool:
     """Whether a folder holds an index, whole or damaged, and nothing else, so that another may take its place."""
-    names = {path.name for path in folder.iterdir()}
-    return {DESCRIPTION_FILE, "state.json"} <= names and all(n in OWN_FILES or n.endswith(".arrow") for n in names)
+    return {path.name for path in folder.iterdir()} == {DESCRIPTION_FILE, ROWS_FILE}
+
+
+def _write_rows(dataset: Dataset, file: Path) -> None:
+    """Writes the rows in batches of `BATCH_BYTES`; `save_to_disk` writes a hundred rows at a time."""
+    rows = max(BATCH_BYTES * len(dataset) // max(dataset.data.nbytes, 1), 1)
+    with ArrowWriter(path=str(file), features=dataset.features) as writer:
+        for batch in dataset.with_format("arrow").iter(rows):
+            writer.write_table(batch, writer_batch_size=rows)
+        writer.finalize()
 
 
 class _NewRows:
@@ -437,6 +446,7 @@ def _written_aside(folder: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside, earlier = (target.parent / f".{target.name}-{uuid.uuid4().hex[:8]}" for _ in range(2))
     try:
+        aside.mkdir()
         yield aside
         if target.exists():
             os.replace(target, earlier)

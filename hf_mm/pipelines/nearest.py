@@ -16,7 +16,7 @@ import torch
 
 FIRST_ROWS = 1024  # small, so that a threshold is there early
 ROWS = 8192
-PRODUCTS = 2**23  # float32 scores in memory at a time: 32 MiB
+PRODUCTS = 2**21  # float32 scores in memory at a time: 8 MiB
 TERMS = 2**17  # float64 terms in memory at a time: 1 MiB, in the cache
 MANY_QUERIES = 64  # so many are worth a copy of a block, which is then multiplied in one piece
 
@@ -73,7 +73,7 @@ def _largest_of_few(
     rows = torch.full(best.shape, -1)
     many = queries.shape[0] >= MANY_QUERIES
     most = max(ROWS if many else 4 * ROWS, count)
-    buffer = np.empty(most * queries.shape[0], np.float32)
+    buffer, mask = np.empty(most * queries.shape[0], np.float32), np.empty(most * queries.shape[0], bool)
     copy = np.empty((most, queries.shape[1]), np.float32) if many else None
     seen = 0
     for block in _blocks(pieces, max(FIRST_ROWS, count), most):
@@ -85,7 +85,7 @@ def _largest_of_few(
         for piece in block:
             np.matmul(piece, queries.numpy().T, out=scores[start : start + len(piece)])
             start += len(piece)
-        best, rows = _merge(best, rows, scores, seen)
+        best, rows = _merge(best, rows, scores, seen, mask[: scores.size].reshape(scores.shape))
         seen += height
     return best, rows
 
@@ -107,22 +107,22 @@ def _blocks(pieces: Sequence[np.ndarray], size: int, most: int) -> Iterator[list
 
 
 def _merge(
-    best: torch.Tensor, rows: torch.Tensor, scores: np.ndarray, first_row: int
+    best: torch.Tensor, rows: torch.Tensor, scores: np.ndarray, first_row: int, mask: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best of the `best` and of the scores ``(height, Q)`` of the rows from `first_row` on.
 
-    Few new scores exceed the lowest of the best: they alone are sorted.
+    Few new scores exceed the lowest of the best: they alone are sorted. `mask`, of the scores' shape, is overwritten.
     """
     num_queries, count = best.shape
     if first_row == 0:
         top = torch.from_numpy(scores).T.topk(min(count, len(scores)))
         best[:, : top.values.shape[1]], rows[:, : top.values.shape[1]] = top.values, top.indices
         return best, rows
-    hits = np.flatnonzero(scores > best[:, -1].numpy())
+    hits = np.flatnonzero(np.greater(scores, best[:, -1].numpy(), out=mask))
     if len(hits) == 0:
         return best, rows
-    row, query = np.divmod(hits, num_queries)
-    order = np.argsort(query, kind="stable")
+    row, query = np.divmod(hits.astype(np.uint32), np.uint32(num_queries))
+    order = np.argsort(query.astype(np.uint16), kind="stable")  # 16 bits are sorted by radix
     row, query, hits = row[order], query[order], hits[order]
     found = np.bincount(query, minlength=num_queries)
     place = count + np.arange(len(query)) - (found.cumsum() - found)[query]
