@@ -9,6 +9,8 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForPreTraining,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     AutoTokenizer,
@@ -17,6 +19,15 @@ from transformers import (
 )
 from transformers.utils import is_torchvision_available
 
+from .models.blip2.configuration_blip2 import MMBlip2Config, MMBlip2QFormerConfig
+from .models.blip2.modeling_blip2 import (
+    MMBlip2ForConditionalGeneration,
+    MMBlip2ForImageTextRetrieval,
+    MMBlip2ForPreTraining,
+    MMBlip2Model,
+)
+from .models.blip2.modeling_qformer import MMBlip2QFormerModel
+from .models.blip2.processing_blip2 import MMBlip2Processor
 from .models.clip.configuration_clip import (
     MMClipConfig,
     MMClipResNetConfig,
@@ -28,6 +39,8 @@ from .models.clip.modeling_clip import MMClipModel, MMClipTextModel, MMClipVisio
 from .models.clip.modeling_clip_resnet import MMClipResNetModel
 from .models.clip.processing_clip import MMClipProcessor
 from .models.clip.tokenization_clip import MMClipTokenizer
+from .models.eva_vit.configuration_eva_vit import EvaViTConfig
+from .models.eva_vit.modeling_eva_vit import EvaViTModel
 from .models.pic2word.configuration_pic2word import Pic2WordConfig, Pic2WordMapperConfig
 from .models.pic2word.modeling_pic2word import Pic2WordMapper, Pic2WordModel
 from .models.pic2word.processing_pic2word import Pic2WordProcessor
@@ -80,6 +93,19 @@ MODELS = {
     ),
     "pic2word_mapper": Entry(Pic2WordMapperConfig, {AutoModel: Pic2WordMapper}),
     "pic2word": Entry(Pic2WordConfig, {AutoModel: Pic2WordModel}, processor=Pic2WordProcessor),
+    "eva_vit": Entry(EvaViTConfig, {AutoModel: EvaViTModel}, image_processors=CLIP_IMAGE_PROCESSORS),
+    "mm_blip2_qformer": Entry(MMBlip2QFormerConfig, {AutoModel: MMBlip2QFormerModel}),
+    "mm_blip2": Entry(
+        MMBlip2Config,
+        {
+            AutoModel: MMBlip2Model,
+            AutoModelForPreTraining: MMBlip2ForPreTraining,
+            AutoModelForZeroShotImageClassification: MMBlip2ForImageTextRetrieval,
+            AutoModelForImageTextToText: MMBlip2ForConditionalGeneration,
+        },
+        image_processors=CLIP_IMAGE_PROCESSORS,
+        processor=MMBlip2Processor,
+    ),
 }
 
 

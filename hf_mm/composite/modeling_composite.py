@@ -27,12 +27,13 @@ class MMCompositeModel(MMPreTrainedModel):
 
     Attributes:
         frozen_parts: the parts that begin frozen, each a `PreTrainedModel` that ``__init__`` takes by its name, with the
-            AutoClass that opens one and with a config called ``<part>_config``. The composite's `base_models` says where
-            each came from:
+            AutoClass that opens one. The composite's `base_models` says where each came from:
             ``{part: {"name": folder or Hub id, "revision": commit or None}}``.
+        part_configs: what the config calls a part's config where that is not ``<part>_config``.
     """
 
     frozen_parts: dict[str, type] = {}
+    part_configs: dict[str, str] = {}
 
     def post_init(self):
         super().post_init()
@@ -40,9 +41,10 @@ class MMCompositeModel(MMPreTrainedModel):
 
     def _part_or_new(self, name: str, part: PreTrainedModel | None) -> PreTrainedModel:
         """A part that was handed over, whose config becomes that of the composite; or a new one from its config."""
+        config_name = self.part_configs.get(name, f"{name}_config")
         if part is None:
-            return self.frozen_parts[name].from_config(getattr(self.config, f"{name}_config"))
-        setattr(self.config, f"{name}_config", part.config)
+            return self.frozen_parts[name].from_config(getattr(self.config, config_name))
+        setattr(self.config, config_name, part.config)
         for module in part.modules():
             module._is_hf_initialized = True  # or post_init would begin adapters and layers of the user's anew
         return part

@@ -170,7 +170,7 @@ def _gather(part: torch.Tensor | None, length: int, world_size: int) -> torch.Te
         return part
     parts = [None] * world_size
     dist.all_gather_object(parts, part)
-    whole = torch.empty(length, parts[0].shape[1])
+    whole = torch.empty(length, *parts[0].shape[1:])
     for rank, rows in enumerate(parts):
         if rows is not None:
             whole[rank::world_size] = rows

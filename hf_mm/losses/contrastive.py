@@ -156,3 +156,63 @@ def _own_columns(rows: torch.Tensor, gather: bool) -> torch.Tensor:
 def _same_ids(ids: torch.Tensor, gather: bool) -> torch.Tensor:
     """``(b, W * b)`` bool: which of all rows carry the id of each of this rank's rows."""
     return ids[:, None] == (gather_rows(ids) if gather else ids)[None, :]
+
+
+def query_text_contrastive_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    temperature: torch.Tensor | float,
+    image_ids: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    gather: bool = True,
+    gather_with_grad: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """BLIP-2's contrastive loss (Li et al. 2023, section 3.2): of a picture's queries the best matching one counts.
+
+    Args:
+        image_embeds: ``(b, K, D)`` of unit length, K queries a picture.
+        text_embeds: ``(b, D)`` of unit length; text i belongs to picture i.
+        temperature: divides the cosines.
+        image_ids: ``(b,)`` integers; the texts of pictures with equal ids all are right, in equal parts.
+        label_smoothing: this part of the target is spread over all columns.
+        gather: over all ranks where there are several.
+        gather_with_grad: let gradients reach the rows of other ranks, and of one's own as columns.
+
+    Returns:
+        The mean over this rank's rows, logits of its pictures against all texts ``(b, G)`` and of its texts against all
+        pictures ``(b, G)``, G the rows of all ranks.
+
+    Raises:
+        ValueError: see `image_text_contrastive_loss`.
+    """
+    check_pairs(image_embeds.shape[0], text_embeds.shape[0], image_ids)
+    image_embeds, text_embeds = at_least_float32(image_embeds), at_least_float32(text_embeds)
+    gather = gather and is_distributed()
+    all_images = gather_rows(image_embeds) if gather else image_embeds
+    all_texts = gather_rows(text_embeds) if gather else text_embeds
+    if not gather_with_grad:
+        all_images, all_texts = all_images.detach(), all_texts.detach()
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        logits_per_image = (image_embeds @ all_texts.T).amax(dim=1) / temperature
+        logits_per_text = torch.einsum("td,gkd->tgk", text_embeds, all_images).amax(dim=2) / temperature
+    same = same_image(image_embeds, image_ids, gather).to(logits_per_image.dtype)
+    targets = (1 - label_smoothing) * same / same.sum(dim=1, keepdim=True) + label_smoothing / same.shape[1]
+    loss_of_images = nn.functional.cross_entropy(logits_per_image, targets)
+    loss_of_texts = nn.functional.cross_entropy(logits_per_text, targets)
+    return (loss_of_images + loss_of_texts) / 2, logits_per_image, logits_per_text
+
+
+def same_image(rows: torch.Tensor, image_ids: torch.Tensor | None, gather: bool) -> torch.Tensor:
+    """``(b, G)`` bool: which of all rows are of the picture of each of this rank's rows."""
+    if image_ids is not None:
+        return _same_ids(image_ids, gather)
+    own = _own_columns(rows, gather)
+    columns = rows.shape[0] * (dist.get_world_size() if gather else 1)
+    return own[:, None] == torch.arange(columns, device=rows.device)
+
+
+def gather_padded(rows: torch.Tensor, fill: int) -> torch.Tensor:
+    """``(b, T)`` of this rank to ``(W * b, T_max)`` of all, shorter rows filled on the right."""
+    longest = torch.tensor([rows.shape[1]], device=rows.device)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    return gather_rows(nn.functional.pad(rows, (0, int(longest) - rows.shape[1]), value=fill))

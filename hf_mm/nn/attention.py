@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -33,9 +34,11 @@ class Attention(nn.Module):
         config: gives ``hidden_size``, ``num_attention_heads``, ``attention_dropout``.
         is_causal: a position sees itself and what stands before it.
         qkv_bias: whether query, key and value projections have a bias.
+        k_bias: whether the key projection has one too. (Its bias adds one number to all scores of a query, which
+            softmax takes out again.)
     """
 
-    def __init__(self, config, is_causal: bool = False, qkv_bias: bool = True):
+    def __init__(self, config, is_causal: bool = False, qkv_bias: bool = True, k_bias: bool = True):
         super().__init__()
         self.config = config
         self.is_causal = is_causal
@@ -44,7 +47,7 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
 
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=qkv_bias and k_bias)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=qkv_bias)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -53,6 +56,8 @@ class Attention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         asking: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        layer: int = 0,
         **kwargs,
     ):
         """Lets every token, or those that ask, look at all tokens.
@@ -60,14 +65,54 @@ class Attention(nn.Module):
         Args:
             hidden_states: ``(B, T, D)``, what is looked at.
             asking: ``(B, Q, D)``, what looks; by default all of `hidden_states`.
+            cache: holds keys and values of earlier tokens, which are looked at too, and takes up those of these.
+            layer: which layer of the cache is this one's.
 
         Returns:
             ``(B, Q, D)`` and, with the eager kernel, the weights ``(B, H, Q, T)``.
         """
         query = self.q_proj(hidden_states if asking is None else asking)
-        mixed, weights = attend(
-            self, query, self.k_proj(hidden_states), self.v_proj(hidden_states), attention_mask, **kwargs
-        )
+        key, value = self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if cache is not None:
+            key, value = (kept[:, 0] for kept in cache.update(key[:, None], value[:, None], layer))
+        mixed, weights = attend(self, query, key, value, attention_mask, **kwargs)
+        return self.out_proj(mixed), weights
+
+
+class CrossAttention(nn.Module):
+    """Attention of one sequence to another, whose keys and values may be made once and used many times.
+
+    Args:
+        config: gives ``hidden_size``, ``num_attention_heads``, ``attention_dropout``.
+        source_width: width of the other sequence.
+    """
+
+    def __init__(self, config, source_width: int):
+        super().__init__()
+        self.config = config
+        self.is_causal = False
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = config.attention_dropout
+
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(source_width, config.hidden_size)
+        self.v_proj = nn.Linear(source_width, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def keys_values(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two of ``(B, N, D)`` for a source ``(B, N, source_width)``."""
+        return self.k_proj(source), self.v_proj(source)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        keys_values: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """``(B, Q, D)`` to ``(B, Q, D)`` and, with the eager kernel, the weights ``(B, H, Q, N)``."""
+        mixed, weights = attend(self, self.q_proj(hidden_states), *keys_values, attention_mask, **kwargs)
         return self.out_proj(mixed), weights
 
 

@@ -34,16 +34,23 @@ class TransformerBlock(GradientCheckpointingLayer):
             ``layer_norm_eps``, ``attention_dropout``.
         is_causal: attention looks back only.
         qkv_bias: bias of the query, key and value projections.
+        k_bias: whether the key projection has one too, see `Attention`.
         dropout: after the attention's output projection and after both linear layers of the MLP.
         drop_path: stochastic-depth rate of both branches.
     """
 
     def __init__(
-        self, config, is_causal: bool = False, qkv_bias: bool = True, dropout: float = 0.0, drop_path: float = 0.0
+        self,
+        config,
+        is_causal: bool = False,
+        qkv_bias: bool = True,
+        k_bias: bool = True,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
     ):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = Attention(config, is_causal=is_causal, qkv_bias=qkv_bias)
+        self.self_attn = Attention(config, is_causal=is_causal, qkv_bias=qkv_bias, k_bias=k_bias)
         self.dropout = nn.Dropout(dropout)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config, dropout=dropout)
@@ -76,11 +83,19 @@ class TransformerEncoder(nn.Module):
     """`config.num_hidden_layers` blocks, stochastic depth rising linearly to `drop_path_rate`."""
 
     def __init__(
-        self, config, is_causal: bool = False, qkv_bias: bool = True, dropout: float = 0.0, drop_path_rate: float = 0.0
+        self,
+        config,
+        is_causal: bool = False,
+        qkv_bias: bool = True,
+        k_bias: bool = True,
+        dropout: float = 0.0,
+        drop_path_rate: float = 0.0,
     ):
         super().__init__()
         self.layers = nn.ModuleList(
-            TransformerBlock(config, is_causal=is_causal, qkv_bias=qkv_bias, dropout=dropout, drop_path=rate)
+            TransformerBlock(
+                config, is_causal=is_causal, qkv_bias=qkv_bias, k_bias=k_bias, dropout=dropout, drop_path=rate
+            )
             for rate in linear_drop_path_rates(drop_path_rate, config.num_hidden_layers)
         )
 

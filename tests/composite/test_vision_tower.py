@@ -36,6 +36,7 @@ RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer
 FAMILIES = {
     "mm_vit": (VIT, (16, (4, 4), 1), (16, (4, 4), 1)),
     "mm_clip_vision": (VIT, (16, (4, 4), 1), (16, (4, 4), 1)),
+    "eva_vit": (VIT, (16, (4, 4), 1), (16, (4, 4), 1)),
     "mm_clip_resnet": (
         {"width": 8, "depths": [1, 1, 1, 1], "image_size": 64, "projection_dim": 16},
         (256, (2, 2), 0),

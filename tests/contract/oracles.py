@@ -1,4 +1,4 @@
-"""Independent models that ours must equal: transformers' own CLIP and ViT, and a ViT written out as equations."""
+"""Independent models that ours must equal: transformers' own CLIP, ViT and BLIP-2, and models written out as equations."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import (
+    Blip2VisionConfig,
+    Blip2VisionModel,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -24,6 +27,7 @@ from transformers import (
 POOLED = ("last_hidden_state", "pooler_output")
 COMPARED = ("loss", "logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
 COMPOSED = ("composed_embeds", "pseudo_words")
+BLIP2 = ("loss_itc", "loss_itm", "loss_itg", "text_hidden_state", "soft_tokens")
 
 
 @dataclass
@@ -112,6 +116,46 @@ def vit_classifier_oracle(model, **changes) -> Oracle:
 
 def vit_trunk_oracle(model, **changes) -> Oracle:
     return from_peer(ViTModel(vit_config(model.config, **changes)), model, vit_name, pick(*POOLED))
+
+
+def blip2_vision_state(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parameters of an EVA ViT of ours as transformers' BLIP-2 has them: fused, with a bias of zeros for the keys."""
+    state = {}
+    for name, value in parameters.items():
+        module, _, kind = name.rpartition(".")
+        if not module.endswith(("q_proj", "k_proj", "v_proj")):
+            state[blip2_vision_name(name)] = value
+        elif module.endswith("q_proj"):
+            attention = module.removesuffix(".q_proj")
+            parts = [parameters.get(f"{attention}.{part}_proj.{kind}", torch.zeros_like(value)) for part in "qkv"]
+            state[f"{attention}.qkv.{kind}"] = torch.cat(parts)
+    return state
+
+
+def blip2_vision_name(name: str) -> str:
+    """Our name of an EVA ViT's parameter to that of transformers."""
+    for ours, theirs in (
+        ("out_proj", "projection"),
+        ("cls_token", "class_embedding"),
+        ("position_embeddings", "position_embedding"),
+        ("patch_embeddings", "patch_embedding"),
+    ):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def eva_vit_oracle(model, **changes) -> Oracle:
+    """The tower of transformers' BLIP-2, without the norm after it."""
+    peer = Blip2VisionModel(Blip2VisionConfig(**common_fields(model.config, Blip2VisionConfig, **changes)))
+    peer.post_layernorm = nn.Identity()
+    peer.train(model.training)
+    parameters = {name: nn.Parameter(value.detach().clone()) for name, value in model.named_parameters()}
+
+    def run(**inputs) -> dict[str, torch.Tensor]:
+        outputs = functional_call(peer, blip2_vision_state(parameters), kwargs=inputs, strict=True)
+        return {name: outputs[name] for name in (*POOLED, "hidden_states") if outputs.get(name) is not None}
+
+    return Oracle(run, parameters)
 
 
 class ClipWithViT(nn.Module):

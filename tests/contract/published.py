@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from hf_mm.models.clip.configuration_clip import MMClipConfig, MMClipResNetConfig, MMClipTextConfig
+from hf_mm.models.eva_vit.configuration_eva_vit import EvaViTConfig
 from hf_mm.models.pic2word.configuration_pic2word import Pic2WordMapperConfig
 from hf_mm.models.vit.configuration_vit import MMViTConfig
 
@@ -107,6 +108,45 @@ def _openai_resnet(state: Drawn, vision: MMClipResNetConfig, projection_dim: int
     for name, rows in (("q_proj", channels), ("k_proj", channels), ("v_proj", channels), ("c_proj", projection_dim)):
         state.draw(f"visual.attnpool.{name}.weight", rows, channels)
         state.draw(f"visual.attnpool.{name}.bias", rows)
+
+
+def eva_state(
+    config: EvaViTConfig, device: str = "cpu", prefix: str = "", blocks: int | None = None, head: bool = False
+) -> dict[str, torch.Tensor]:
+    """The state dict of LAVIS's EVA ViT of the config's sizes.
+
+    Args:
+        config: the sizes.
+        device: ``"meta"`` for shapes alone.
+        prefix: of all names.
+        blocks: how many, where there are more than the config has.
+        head: norm and head of the classifier that EVA-CLIP's tower was cut from.
+    """
+    state, width, hidden = Drawn(device), config.hidden_size, config.intermediate_size
+    rows, columns = config.grid_size
+    state.draw(f"{prefix}cls_token", 1, 1, width)
+    state.draw(f"{prefix}pos_embed", 1, 1 + rows * columns, width)
+    state.draw(f"{prefix}patch_embed.proj.weight", width, 3, config.patch_size, config.patch_size)
+    state.draw(f"{prefix}patch_embed.proj.bias", width)
+    for number in range(blocks or config.num_hidden_layers):
+        block = f"{prefix}blocks.{number}"
+        state.draw_norm(f"{block}.norm1", width)
+        state.draw(f"{block}.attn.q_bias", width)
+        state.draw(f"{block}.attn.v_bias", width)
+        state.draw(f"{block}.attn.qkv.weight", 3 * width, width)
+        for name, outputs, inputs in (
+            ("attn.proj", width, width),
+            ("mlp.fc1", hidden, width),
+            ("mlp.fc2", width, hidden),
+        ):
+            state.draw(f"{block}.{name}.weight", outputs, inputs)
+            state.draw(f"{block}.{name}.bias", outputs)
+        state.draw_norm(f"{block}.norm2", width)
+    if head:
+        state.draw_norm(f"{prefix}norm", width)
+        state.draw(f"{prefix}head.weight", 16, width)
+        state.draw(f"{prefix}head.bias", 16)
+    return dict(state)
 
 
 def mapper_state(config: Pic2WordMapperConfig) -> dict[str, torch.Tensor]:

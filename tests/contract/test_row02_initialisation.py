@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from hf_mm.models.clip.configuration_clip import MMClipConfig, MMClipResNetConfig
 from hf_mm.models.clip.modeling_clip import MMClipModel
 from hf_mm.models.clip.modeling_clip_resnet import MMClipResNetModel
+from hf_mm.models.eva_vit.configuration_eva_vit import EvaViTConfig
+from hf_mm.models.eva_vit.modeling_eva_vit import EvaViTModel
 from hf_mm.models.pic2word.configuration_pic2word import Pic2WordConfig
 from hf_mm.models.pic2word.modeling_pic2word import Pic2WordModel
 from hf_mm.models.vit.configuration_vit import MMViTConfig
@@ -96,6 +98,17 @@ CLIP = {
     r"^logit_scale": constant(2.659260036932778),
     **NORMS,
 }
+EVA = {
+    r"embeddings\.patch_embeddings\.(weight|bias)": uniform((3 * PATCH**2) ** -0.5),
+    r"embeddings\.(cls_token|position_embeddings)": normal(0.02),
+    r"self_attn\.[qkv]_proj\.weight|mlp\.fc1\.weight": normal(0.02),
+    **{
+        rf"layers\.{layer}\.(self_attn\.out_proj|mlp\.fc2)\.weight": normal(0.02 * (2 * layer + 2) ** -0.5)
+        for layer in range(LAYERS)
+    },
+    r"(self_attn\.\w+_proj|mlp\.fc[12])\.bias": constant(0.0),
+    **NORMS,
+}
 # Of a tower of width 8: 4 channels in the stem, 8 to 64 within the blocks, 256 at the end.
 RESNET = {
     r"^conv1\.weight": uniform((3 * 9) ** -0.5),
@@ -144,6 +157,18 @@ def vit():
     return MMViTForImageClassification(config)
 
 
+def eva():
+    config = EvaViTConfig(
+        hidden_size=WIDTH,
+        intermediate_size=MLP,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=PATCH,
+    )
+    return EvaViTModel(config)
+
+
 def pic2word():
     """What a file lacks is drawn by the class that has it: the frozen CLIP's by CLIP."""
     return Pic2WordModel(Pic2WordConfig(clip_config=clip_config(), mapper_config={"hidden_dim": HIDDEN}))
@@ -160,9 +185,9 @@ def clip_config():
     return MMClipConfig(vision_config=vision, text_config=text, projection_dim=64)
 
 
-NAMES = ["mm_vit", "mm_clip", "mm_clip_resnet", "pic2word"]
+NAMES = ["mm_vit", "mm_clip", "mm_clip_resnet", "eva_vit", "pic2word"]
 EVERY = pytest.mark.parametrize(
-    ("build", "laws"), [(vit, VIT), (clip, CLIP), (resnet, RESNET), (pic2word, PIC2WORD)], ids=NAMES
+    ("build", "laws"), [(vit, VIT), (clip, CLIP), (resnet, RESNET), (eva, EVA), (pic2word, PIC2WORD)], ids=NAMES
 )
 
 
@@ -206,7 +231,7 @@ def test_what_a_file_lacks_follows_its_law_and_nothing_else_is_touched(build, la
             assert (parameter == 0.7).all(), name
 
 
-@pytest.mark.parametrize("build", [vit, clip, resnet, pic2word], ids=NAMES)
+@pytest.mark.parametrize("build", [vit, clip, resnet, eva, pic2word], ids=NAMES)
 def test_a_seed_gives_the_same_weights_and_another_seed_others(build):
     models = []
     for seed in (1, 1, 2):

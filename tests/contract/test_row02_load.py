@@ -33,11 +33,12 @@ def saved(tmp_path_factory):
         batch = case.batch(3)
         if case.has_processor:
             case.preparer.save_pretrained(folder)
+        labelled = "labels" in case.inputs
         raw = {
             "auto_class": case.auto_class.__name__,
             "inputs": {name: value for name, value in as_arrays(case.raw(3)).items() if name in case.inputs},
             "options": {"padding": True} if case.inputs == ("text",) else {},
-            "labels": {"labels": batch["labels"]} if "labels" in batch else {},
+            "labels": {"labels": batch["labels"]} if labelled else {},
             "batch": None if case.has_processor else batch,
         }
         torch.save(raw, folder / "raw.pt")
@@ -52,14 +53,15 @@ def answer(saved, case):
 
 @EVERY
 def test_outputs_are_bit_equal(case, answer):
-    model, batch = case.build(), case.batch(3)
+    model, batch = case.build(seeded=False), case.batch(3)
+    torch.manual_seed(0)
     with torch.no_grad():
         outputs = model(**batch)
     expected = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
     assert set(answer["outputs"]) == set(expected)
-    assert len(expected) >= (2 if case.has_processor else 1)
+    assert expected
     for name, value in expected.items():
-        assert torch.equal(answer["outputs"][name], value), name
+        torch.testing.assert_close(answer["outputs"][name], value, rtol=0, atol=0, equal_nan=True, msg=name)
     buffers = dict(model.named_buffers())
     assert set(answer["buffers"]) == set(buffers)
     assert all(torch.equal(answer["buffers"][name], buffer) for name, buffer in buffers.items())
@@ -85,7 +87,7 @@ def test_the_classes_of_the_table_are_opened(case, answer):
 @WITH_PROCESSOR
 def test_processors_keep_every_setting(case, answer):
     assert answer["prepare_class"] == type(case.preparer).__name__
-    expected = {name: value for name, value in case.batch(3).items() if name != "labels"}
+    expected = {name: value for name, value in case.batch(3).items() if name != "labels" or case.speaks}
     assert set(answer["batch"]) == set(expected)
     for name, value in expected.items():
         assert torch.equal(answer["batch"][name], value), name
@@ -105,6 +107,8 @@ def test_safetensors_hold_every_weight_once_and_nothing_else_does(case, saved):
         shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
     model = case.build()
     weights = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    assert len(shapes) == len(weights)
-    assert sorted(shapes.values()) == sorted(weights.values())
+    tied = len(weights) - len({value.data_ptr() for value in model.state_dict().values()})
+    assert len(shapes) == len(weights) - tied
+    assert set(shapes) <= set(weights)
+    assert all(weights[name] == shape for name, shape in shapes.items())
     assert all(parameter.ndim for parameter in trained(model).values())

@@ -7,6 +7,12 @@ from hf_mm.models.clip.modeling_clip_resnet import Stage
 
 from .cases import LAYERS, RESNET, attentions, blocks, cases_for, has_transformer, in_double, largest_error
 
+
+def recorded_blocks(case, model) -> list[torch.nn.Module]:
+    """The blocks of `towers`: of BLIP-2 those of its Q-Former."""
+    return list(blocks(model.qformer if hasattr(model, "qformer") else model))
+
+
 EVERY = pytest.mark.parametrize("case", cases_for(4), ids=str)
 TRANSFORMERS = pytest.mark.parametrize("case", cases_for(4, has_transformer), ids=str)
 RESNETS = pytest.mark.parametrize("case", cases_for(4, lambda case: not has_transformer(case)), ids=str)
@@ -14,6 +20,8 @@ RESNETS = pytest.mark.parametrize("case", cases_for(4, lambda case: not has_tran
 
 def towers(case, outputs) -> list:
     """The outputs that carry hidden states and attention maps: where there are two towers, first the text's."""
+    if outputs.get("qformer_outputs") is not None:
+        return [outputs.qformer_outputs]
     pair = [outputs.get("text_model_output"), outputs.get("vision_model_output")]
     return [tower for tower in pair if tower is not None] or [outputs]
 
@@ -45,7 +53,7 @@ def test_every_block_gives_one_map_and_one_hidden_state(case):
     model.set_attn_implementation("eager")
     outputs = model(**batch, output_attentions=True, output_hidden_states=True)
     recorded = towers(case, outputs)
-    assert sum(len(tower.attentions) for tower in recorded) == len(list(blocks(model))) >= 2
+    assert sum(len(tower.attentions) for tower in recorded) == len(recorded_blocks(case, model)) >= 2
     for tower in recorded:
         length = tower.hidden_states[0].shape[1]
         assert len(tower.hidden_states) == len(tower.attentions) + 1
@@ -59,7 +67,7 @@ def test_every_block_gives_one_map_and_one_hidden_state(case):
 def test_hidden_states_are_those_between_the_blocks(case):
     model, batch = case.build(), case.batch(3)
     seen = []
-    for block in blocks(model):
+    for block in recorded_blocks(case, model):
         block.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
     outputs = model(**batch, output_hidden_states=True)
     chains = []
@@ -67,7 +75,9 @@ def test_hidden_states_are_those_between_the_blocks(case):
         if not chains or chains[-1][-1] is not before:
             chains.append([before])
         chains[-1].append(after)
-    if case.frozen_parts:  # its pictures come first, since texts hold them
+    if hasattr(model, "qformer"):  # which matches the pairs after it has read pictures and texts alone
+        chains = chains[:1]
+    elif case.frozen_parts:  # its pictures come first, since texts hold them
         chains.reverse()
     for tower, expected in zip(towers(case, outputs), chains, strict=True):
         assert len(tower.hidden_states) == len(expected)

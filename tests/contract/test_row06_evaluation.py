@@ -1,20 +1,15 @@
-"""Row 6: what transformers' own Trainer hands to a metric function.
-
-F10 is about losses over tokens; no model here has one. Their losses are means over samples, and their accumulation is
-in test_row06_training.py.
-"""
+"""Row 6: what transformers' own Trainer hands to a metric function. Accumulation (F10) is in test_row06_training.py."""
 
 import numpy as np
 import pytest
 import torch
 
 from .cases import all_configs, cases_for
-from .training import samples_of, trainer_for, with_loss
+from .training import samples_of, trainer_for
 
 WITH_LABELS = pytest.mark.parametrize("case", cases_for(6, lambda case: "labels" in case.inputs), ids=str)
-PAIRS = pytest.mark.parametrize(
-    "case", cases_for(6, lambda case: with_loss(case) and "labels" not in case.inputs), ids=str
-)
+PAIRS = pytest.mark.parametrize("case", cases_for(6, lambda case: case.compares), ids=str)
+SPEAKING = pytest.mark.parametrize("case", cases_for(6, lambda case: case.speaks), ids=str)
 RECORDED = pytest.mark.parametrize("recorded", [False, True], ids=["plain", "recording hidden states"])
 SAMPLES, BATCH = 5, 2
 EMBEDDINGS = ("text_embeds", "composed_embeds", "image_embeds", "pseudo_words")
@@ -53,8 +48,23 @@ def test_predictions_of_pairs_are_their_embeddings(case, recorded, tmp_path):
     batch = case.batch(SAMPLES)
     with torch.no_grad():
         outputs = model(**batch)
-    names = [name for name in EMBEDDINGS if outputs.get(name) is not None]
+    names = [name for name in outputs if name in EMBEDDINGS]
     assert len(names) >= 2
     for array, name in zip(prediction.predictions, names, strict=True):
         assert isinstance(array, np.ndarray)
         np.testing.assert_allclose(array, outputs[name], rtol=1e-4, atol=1e-5)
+
+
+@SPEAKING
+@RECORDED
+def test_predictions_of_words_are_one_array_of_logits(case, recorded, tmp_path):
+    """F09: a row a sample and a score a word, as labels are; soft tokens and caches are no prediction."""
+    model, prediction = evaluated(case, tmp_path, recorded)
+    batch = case.batch(SAMPLES)
+    with torch.no_grad():
+        expected = model(**batch).logits
+    assert isinstance(prediction.predictions, np.ndarray)
+    assert prediction.predictions.shape[:2] == prediction.label_ids.shape
+    np.testing.assert_array_equal(prediction.label_ids, batch["labels"])
+    kept = case.places(batch)["logits"].bool()
+    np.testing.assert_allclose(prediction.predictions[kept], expected[kept], rtol=1e-4, atol=1e-5)

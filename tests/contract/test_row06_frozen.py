@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from .cases import JOINT, blocks, cases_for, frozen_towers, in_double, recomputed, trained
 from .training import NUM_SAMPLES, samples_of, trainer_for
 
+WITH_CLIP = pytest.mark.parametrize("case", cases_for(6, lambda case: case.connector == "mapper"), ids=str)
 FROZEN = pytest.mark.parametrize("case", cases_for(6, lambda case: bool(case.frozen_parts)), ids=str)
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 TRAINED_FILES = {"config.json", "base_models.json", "trained_part.safetensors"}
@@ -39,10 +40,15 @@ def assert_same(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
         assert torch.equal(ours[name], value), name
 
 
+def assert_same_loss(case, ours: torch.Tensor, expected: torch.Tensor):
+    """Bit-equal; of words, which in training are scored at their places alone, but for rounding."""
+    torch.testing.assert_close(ours, expected, rtol=1e-6 if case.speaks else 0, atol=0)
+
+
 def with_dropout(case, rate: float = 0.5):
     """The model with dropout in what trains."""
     config = case.config()
-    config.mapper_config.dropout = rate
+    getattr(config, f"{case.connector}_config").dropout = rate
     return case.build(config)
 
 
@@ -117,15 +123,17 @@ def test_nothing_frozen_has_a_gradient_or_an_optimizer_state(case, tmp_path):
 @FROZEN
 def test_dropout_acts_in_what_trains_and_never_in_what_is_frozen(case):
     model, batch = with_dropout(case), case.batch(3)
+    torch.manual_seed(0)
     expected = model(**batch)
+    features = model.vision_features(batch["pixel_values"])
     for call in TRAIN_CALLS:
         model.train()
         call(model)
         once, again = model(**batch), model(**batch)
         assert once.loss != again.loss
-        assert torch.equal(once.image_embeds, again.image_embeds)
-        model.mapper.eval()
-        assert model(**batch).loss == expected.loss
+        assert torch.equal(model.vision_features(batch["pixel_values"]), features)
+        model.get_submodule(case.connector).eval()
+        assert_same_loss(case, model(**batch).loss, expected.loss)
         assert not any(module.training for part in parts_of(model) for module in part.modules())
     for call in TRAIN_CALLS[1:]:
         model.eval()
@@ -134,13 +142,19 @@ def test_dropout_acts_in_what_trains_and_never_in_what_is_frozen(case):
         assert not any(module.training for module in model.modules())
 
 
-@FROZEN
-def test_pictures_run_without_a_graph_and_texts_within_it(case):
+@WITH_CLIP
+def test_texts_run_within_a_graph(case):
     model, batch = case.build().train(), case.batch(3)
     outputs = model(**batch)
     assert not outputs.vision_model_output.pooler_output.requires_grad
     assert not model.get_image_features(batch["pixel_values"]).pooler_output.requires_grad
     assert outputs.text_model_output.pooler_output.grad_fn is not None
+
+
+@FROZEN
+def test_pictures_run_without_a_graph(case):
+    """Pixels leave no more for the backward than their features do."""
+    model, batch = case.build().train(), case.batch(3)
 
     def saved_for_backward(**inputs) -> list[tuple[int, ...]]:
         shapes = []
@@ -164,6 +178,11 @@ def calls_and_gradients(model, batch, reentrant: bool | None = None):
     return [calls[block] for block in blocks(model)], gradients
 
 
+def times_again(model, again: set[int], plain: list[int]) -> list[int]:
+    """How often blocks compute of which some compute again."""
+    return [number * (2 if id(block) in again else 1) for block, number in zip(blocks(model), plain, strict=True)]
+
+
 @FROZEN
 @REENTRANT
 def test_checkpointing_computes_again_what_gradients_pass_and_only_that(case, reentrant):
@@ -172,21 +191,27 @@ def test_checkpointing_computes_again_what_gradients_pass_and_only_that(case, re
     calls, checkpointed = calls_and_gradients(model, batch, reentrant)
     again = {id(block) for block in recomputed(model)}
     assert 0 < len(again) < len(plain)
-    assert plain == [1] * len(plain)
-    assert calls == [2 if id(block) in again else 1 for block in blocks(model)]
+    assert min(plain) >= 1
+    assert calls == times_again(model, again, plain)
     for name, gradient in gradients.items():
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-12, atol=1e-14)
     assert not any(module.training for part in parts_of(model) for module in part.modules())
 
 
+def frozen_blocks(model) -> list[torch.nn.Module]:
+    return [block for part in parts_of(model) for block in blocks(part)]
+
+
 def drop_in_forward(model):
-    """Blocks that have dropout as a function in their forward, under their own flag, as many of transformers do."""
+    """Frozen blocks that have dropout as a function in their forward, under their own flag, as many of transformers do."""
 
     def forward(self, *args, **kwargs):
         output = super(type(self), self).forward(*args, **kwargs)
+        if isinstance(output, tuple):
+            return F.dropout(output[0], 0.5, training=self.training), *output[1:]
         return F.dropout(output, 0.5, training=self.training)
 
-    for block in blocks(model):
+    for block in frozen_blocks(model):
         block.__class__ = type("Dropping", (type(block),), {"forward": forward})
     return model
 
@@ -198,11 +223,11 @@ def test_dropout_in_a_block_s_own_forward_does_not_act_under_checkpointing(case,
     _, gradients = calls_and_gradients(case.build(), batch)
     model = drop_in_forward(case.build())
     calls, checkpointed = calls_and_gradients(model, batch, reentrant)
-    assert 2 in calls
+    assert max(calls) >= 2
     for name, gradient in gradients.items():
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-12, atol=1e-14)
-    assert not any(block.training for block in blocks(model))
-    *_, block = blocks(model)
+    assert not any(block.training for block in frozen_blocks(model))
+    block = next(block for block in reversed(frozen_blocks(model)) if hasattr(block, "layer_norm1"))
     states = torch.ones(1, 3, block.layer_norm1.weight.shape[0]).double()
     with torch.no_grad():
         assert torch.equal(block(states, None), block(states, None))
@@ -210,14 +235,14 @@ def test_dropout_in_a_block_s_own_forward_does_not_act_under_checkpointing(case,
         assert not torch.equal(block(states, None), block(states, None))
 
 
-IN_PICTURES, IN_TEXTS = (rf".*\.{tower}\..*\.(q_proj|v_proj)" for tower in ("vision_model", "text_model"))
-TOWERS = pytest.mark.parametrize("targets", [IN_PICTURES, IN_TEXTS], ids=["pictures", "texts"])
+ADAPTED = [(case, name) for case in FROZEN.args[1] for name in case.adapted]
+TOWERS = pytest.mark.parametrize(("case", "tower"), ADAPTED, ids=[f"{case}, {tower}" for case, tower in ADAPTED])
 
 
-def adapted(model, targets: str, dropout: float = 0.0) -> PeftModel:
+def adapted(case, tower: str, dropout: float = 0.0) -> PeftModel:
     """With adapters that do something; the connector trains whole."""
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, lora_dropout=dropout, modules_to_save=["mapper"])
-    model = get_peft_model(model, config)
+    lora = {"r": 2, "lora_alpha": 4, "target_modules": case.adapted[tower], "lora_dropout": dropout}
+    model = get_peft_model(case.build(), LoraConfig(**lora, modules_to_save=[case.connector]))
     with torch.no_grad():
         for parameter in trained(model).values():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -230,49 +255,46 @@ def base_of(model: PeftModel) -> dict[str, torch.Tensor]:
     return {
         name.replace(".base_layer", ""): value.clone()
         for name, value in state.items()
-        if "lora_" not in name and not name.startswith("mapper.")
+        if "lora_" not in name and name.startswith(tuple(f"{part}." for part in model.base_model.model.frozen_parts))
     }
 
 
-@FROZEN
 @TOWERS
-def test_an_adapter_in_a_frozen_part_has_its_own_dropout(case, targets):
+def test_an_adapter_in_a_frozen_part_has_its_own_dropout(case, tower):
     """The base's would act with the part's flag, were it not held."""
-    dropping, plain, batch = adapted(case.build(), targets, dropout=0.5), adapted(case.build(), targets), case.batch(3)
+    dropping, plain, batch = adapted(case, tower, dropout=0.5), adapted(case, tower), case.batch(3)
     expected = plain.eval()(**batch).loss
     for call in TRAIN_CALLS:
         for model in (dropping, plain):
             model.train()
             call(model.base_model.model)
         assert dropping(**batch).loss != dropping(**batch).loss
-        assert plain(**batch).loss == expected
+        assert_same_loss(case, plain(**batch).loss, expected)
 
 
-@FROZEN
 @TOWERS
-def test_training_adapters_leaves_the_base_bit_equal(case, targets, tmp_path):
-    model = adapted(case.build(), targets, dropout=0.2)
+def test_training_adapters_leaves_the_base_bit_equal(case, tower, tmp_path):
+    model = adapted(case, tower, dropout=0.2)
     before = {name: value.clone() for name, value in trained(model).items()}
     assert {name for name in before if "lora_" in name}
-    assert {name for name in before if "mapper" in name}
+    assert {name for name in before if case.connector in name}
     options = {"optim": "adamw_torch", "weight_decay": 0.1, "learning_rate": 1e-2}
     trainer_for(case, tmp_path, model=model, samples=samples_of(case.batch(NUM_SAMPLES)), **options).train()
     assert not any(torch.equal(value, before[name]) for name, value in trained(model).items())
     assert_same(base_of(model), frozen(case.build()))
 
 
-@FROZEN
 @TOWERS
 @REENTRANT
-def test_checkpointing_with_adapters_in_one_tower(case, targets, reentrant):
+def test_checkpointing_with_adapters_in_one_tower(case, tower, reentrant):
     batch = in_double(case.batch(4))
     torch.manual_seed(1)
-    _, gradients = calls_and_gradients(adapted(case.build(), targets), batch)
+    plain, gradients = calls_and_gradients(adapted(case, tower), batch)
     torch.manual_seed(1)
-    model = adapted(case.build(), targets)
+    model = adapted(case, tower)
     calls, checkpointed = calls_and_gradients(model, batch, reentrant)
     again = {id(block) for block in recomputed(model.base_model.model)}
-    assert calls == [2 if id(block) in again else 1 for block in blocks(model)]
+    assert calls == times_again(model, again, plain)
     for name, gradient in gradients.items():
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-12, atol=1e-14)
 
@@ -286,9 +308,6 @@ def test_features_in_place_of_pictures_change_no_bit(case):
     del inputs["pixel_values"]
     with torch.no_grad():
         assert_same(case.read(model(**inputs), batch), case.read(model(**batch), batch))
-        composed = {name: value for name, value in batch.items() if name != "pixel_values"}
-        ours = model.get_composed_features(**composed, vision_features=features).pooler_output
-        assert torch.equal(ours, model.get_composed_features(**batch).pooler_output)
     model.train()
     found = []
     for given in (inputs, batch):
@@ -296,13 +315,23 @@ def test_features_in_place_of_pictures_change_no_bit(case):
         outputs = model(**given)
         found.append({**case.read(outputs, batch), **gradients_of(model, outputs.loss)})
     assert_same(*found)
-    assert outputs.vision_model_output is not None
-    assert model(**inputs).vision_model_output is None
     rows = torch.cat([model.eval().vision_features(pixels[None]) for pixels in batch["pixel_values"]])
     torch.testing.assert_close(rows, features, rtol=1e-5, atol=1e-6)
 
 
-@FROZEN
+@WITH_CLIP
+def test_composed_features_of_features_change_no_bit(case):
+    model, batch = case.build(), case.batch(4)
+    inputs = {**batch, "vision_features": model.vision_features(batch["pixel_values"])}
+    del inputs["pixel_values"]
+    with torch.no_grad():
+        ours = model.get_composed_features(**inputs).pooler_output
+        assert torch.equal(ours, model.get_composed_features(**batch).pooler_output)
+        assert model(**batch).vision_model_output is not None
+        assert model(**inputs).vision_model_output is None
+
+
+@WITH_CLIP
 def test_features_of_another_width_are_refused(case):
     batch = case.batch(3)
     del batch["pixel_values"]
@@ -321,6 +350,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     name, batch = torch.load(folder / "call.pt")
     model_class = next(own for entry in hf_mm.MODELS.values() for own in entry.models.values() if own.__name__ == name)
     model = model_class.from_trained_part(str(folder / "trained"))
+    torch.manual_seed(0)  # of what a loss draws
     with torch.no_grad():
         outputs = model(**batch)
     answer = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
@@ -362,13 +392,14 @@ def part(case, saved, tmp_path):
 
 @FROZEN
 def test_the_trained_part_is_restored_in_a_fresh_process_by_name(case, saved):
-    model, batch = case.build(), case.batch(3)
+    model, batch = case.build(seeded=False), case.batch(3)
     answer, state, training = torch.load(saved[case.name] / "answer.pt")
     assert not training
     assert_same(state, model.state_dict())
+    torch.manual_seed(0)
     with torch.no_grad():
         outputs = model(**batch)
-    assert_same(answer, {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)})
+    assert_same(case.read(answer, batch), case.read(outputs, batch))
 
 
 @FROZEN
@@ -415,7 +446,7 @@ def test_a_part_that_lacks_a_file_or_a_tensor_is_refused(case, part):
     name = sorted(tensors)[0]
     lacking = {other: tensor for other, tensor in tensors.items() if other != name}
     reshaped = {**tensors, name: torch.cat([tensors[name], tensors[name]])}
-    for wrong in (lacking, {**tensors, "mapper.of_another.model": torch.zeros(2)}, reshaped):
+    for wrong in (lacking, {**tensors, f"{case.connector}.of_another.model": torch.zeros(2)}, reshaped):
         save_file(wrong, file, metadata={"format": "pt"})
         (odd,) = {key for key in wrong.keys() | tensors.keys() if wrong.get(key) is not tensors.get(key)}
         with pytest.raises(ValueError, match=rf"trained part.*{odd}"):
@@ -441,7 +472,7 @@ def test_a_trained_part_that_would_lose_weights_is_not_saved(case, tmp_path):
     with pytest.raises(ValueError, match=rf"{name} has weights that train.*save_pretrained"):
         model.save_trained_part(tmp_path / "trained")
     with pytest.raises(ValueError, match=rf"{name} has weights that train"):
-        adapted(case.build(), IN_TEXTS).base_model.model.save_trained_part(tmp_path / "trained")
+        adapted(case, list(case.adapted)[-1]).base_model.model.save_trained_part(tmp_path / "trained")
     assert not (tmp_path / "trained").exists()
 
 
@@ -451,4 +482,4 @@ def test_a_reopened_model_is_frozen_again(case, tmp_path):
     case.build().save_pretrained(tmp_path)
     model = case.auto_class.from_pretrained(tmp_path)
     assert set(trained(model)) == set(trained(case.build()))
-    assert len(frozen_towers(model)) == len(model.frozen_parts)
+    assert len(frozen_towers(model)) == 1

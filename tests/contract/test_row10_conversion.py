@@ -26,13 +26,15 @@ from hf_mm.conversion.rules import ConversionError, Rule, plan
 from hf_mm.models.clip import conversion_clip
 from hf_mm.models.clip.configuration_clip import MMClipConfig, MMClipResNetConfig
 from hf_mm.models.clip.modeling_clip import MMClipModel, MMClipTextModel, MMClipVisionModel
+from hf_mm.models.eva_vit import conversion_eva_vit
+from hf_mm.models.eva_vit.modeling_eva_vit import EvaViTModel
 from hf_mm.models.pic2word import conversion_pic2word
 from hf_mm.models.pic2word.modeling_pic2word import Pic2WordMapper, Pic2WordModel
 from hf_mm.models.vit import conversion_vit
 from hf_mm.models.vit.modeling_vit import MMViTForImageClassification, MMViTModel
 
 from .cases import cases_for, largest_error
-from .published import mapper_state, open_clip_json, openai_state, pic2word_content, transformers_json
+from .published import eva_state, mapper_state, open_clip_json, openai_state, pic2word_content, transformers_json
 
 PIC2WORD = conversion_pic2word.PUBLISHED_FILE
 PEERS = {
@@ -97,18 +99,24 @@ def is_clip(case) -> bool:
     return case.model_class is MMClipModel
 
 
+def is_eva(case) -> bool:
+    return case.model_class is EvaViTModel
+
+
 def is_pic2word(case) -> bool:
     return case.model_class in (Pic2WordModel, Pic2WordMapper)
 
 
-# A layout that a case is published in. CLIP has two; transformers' has no ResNet tower. Pic2Word has its authors'.
+# A layout that a case is published in. CLIP has two; transformers' has no ResNet tower. Pic2Word has its authors', the
+# EVA ViT that of LAVIS; transformers' of the latter has one norm more than the model.
 PUBLISHED = [
     (case, layout)
     for case in cases_for(10)
     for layout, has_it in (
-        ("transformers", not has_resnet(case.config()) and not is_pic2word(case)),
+        ("transformers", not (has_resnet(case.config()) or is_pic2word(case) or is_eva(case))),
         ("open_clip", is_clip(case)),
         ("authors", is_pic2word(case)),
+        ("lavis", is_eva(case)),
     )
     if has_it
 ]
@@ -124,6 +132,9 @@ def published(case, layout, tmp_path) -> Published:
     folder.mkdir()
     if layout == "authors":
         return authors_folder(case, folder)
+    if layout == "lavis":
+        save_file(eva_state(config), folder / "eva_vit_g.safetensors")
+        return Published(folder, folder / "eva_vit_g.safetensors")
     if "text" in case.inputs:
         getattr(case.preparer, "tokenizer", case.preparer).save_pretrained(folder)
     if layout == "open_clip":
@@ -163,6 +174,8 @@ def read(case, source: Path):
         return conversion_pic2word.read_pic2word(source, source / "clip")[0]
     if case.model_class is Pic2WordMapper:
         return conversion_pic2word.read_mapper(conversion_pic2word.open_pic2word(source))
+    if is_eva(case):
+        return conversion_eva_vit.read_eva_vit(source, num_attention_heads=case.config().num_attention_heads)[0]
     module_read = conversion_vit.read_vit if case.config().model_type == "mm_vit" else conversion_clip.read_clip
     return module_read(source)[0]
 
@@ -182,6 +195,8 @@ def rules_of(case, layout):
     if case.model_class is Pic2WordModel:
         clip = within("clip", conversion_clip.open_clip_rules())
         return [*clip, *within("mapper", conversion_pic2word.mapper_rules())]
+    if is_eva(case):
+        return conversion_eva_vit.eva_rules(num_hidden_layers=case.config().num_hidden_layers)
     if case.config().model_type == "mm_vit":
         return conversion_vit.transformers_rules(case.model_class)
     if layout == "open_clip":

@@ -1,0 +1,1 @@
+"""EVA's Vision Transformer (eva_vit)."""

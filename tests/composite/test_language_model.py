@@ -1,0 +1,414 @@
+"""Any language model fed with soft tokens, held to what it gives by itself when it is called by hand."""
+
+import logging
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    ViTConfig,
+)
+
+from hf_mm.composite.language_model import (
+    embed_tokens,
+    embed_with_slots,
+    embedding_rms,
+    embedding_width,
+    generate_from_embeds,
+    label_logits,
+    label_loss,
+    language_model_from_config,
+    open_language_model,
+)
+
+VOCAB, SLOT = 48, -200
+IDS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, **IDS}
+LLAMA |= {"num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.3}
+GEMMA = {**LLAMA, "head_dim": 8}
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3, **IDS}
+OPT = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "init_std": 0.3, **IDS}
+OPT |= {"max_position_embeddings": 64, "word_embed_proj_dim": 16, "dropout": 0.0}
+T5 = {"d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 2, "num_heads": 2, "vocab_size": VOCAB, "pad_token_id": 0}
+T5 |= {"eos_token_id": 1, "decoder_start_token_id": 0, "dropout_rate": 0.0, "initializer_factor": 3.0}
+BART = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "init_std": 0.3, **IDS}
+BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "dropout": 0.0}
+BART |= {"max_position_embeddings": 64, "decoder_start_token_id": 2, "forced_eos_token_id": None}
+
+DECODERS = {
+    "opt": ("opt", OPT),
+    "opt-projected": ("opt", {**OPT, "word_embed_proj_dim": 12, "do_layer_norm_before": False}),
+    "llama": ("llama", LLAMA),
+    "qwen3": ("qwen3", {**LLAMA, "head_dim": 8, "tie_word_embeddings": True}),
+    "gpt2": ("gpt2", GPT2),
+    "bloom": ("bloom", {"hidden_size": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.3, **IDS}),
+    "gemma": ("gemma", GEMMA),
+    "gemma2": ("gemma2", {**GEMMA, "final_logit_softcapping": 0.5}),
+    "granite": ("granite", {**LLAMA, "logits_scaling": 3.0, "embedding_multiplier": 2.0}),
+    "cohere": ("cohere", {**LLAMA, "logit_scale": 0.25}),
+    "mamba": ("mamba", {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "initializer_range": 0.3, **IDS}),
+}
+ENCODER_DECODERS = {
+    "t5": ("t5", T5),
+    "t5-v1.1": ("t5", {**T5, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}),
+    "bart": ("bart", {**BART, "scale_embedding": True}),
+    "marian": ("marian", {**BART, "scale_embedding": True}),  # scales the embeddings of ids, and no others
+    "m2m_100": ("m2m_100", BART),  # does not move labels on by a method of its own
+}
+FAMILIES = DECODERS | ENCODER_DECODERS
+
+
+def lm_of(family: str, **fields) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model_type, config = FAMILIES[family]
+    lm = language_model_from_config(AutoConfig.for_model(model_type, **{**config, **fields})).eval()
+    return lm.requires_grad_(False)
+
+
+def batch(lm: PreTrainedModel, dtype=torch.float32) -> tuple[torch.Tensor, ...]:
+    """Two texts with three and two slots, with their slots and soft tokens; the second text is shorter by two."""
+    ids = torch.tensor([[5, SLOT, SLOT, 7, SLOT, 9, 11, 2], [6, SLOT, 8, SLOT, 10, 2, 0, 0]])
+    mask = torch.tensor([[1] * 8, [1] * 6 + [0] * 2])
+    soft = torch.randn(5, 1, embedding_width(lm), dtype=dtype, generator=torch.Generator().manual_seed(1))
+    return ids, mask, ids == SLOT, soft.requires_grad_()
+
+
+def labels_of(lm: PreTrainedModel) -> torch.Tensor:
+    if lm.config.is_encoder_decoder:
+        return torch.tensor([[9, 11, 13, 1], [7, 1, -100, -100]])
+    return torch.tensor([[-100] * 3 + [7, -100, 9, 11, 2], [6, -100, -100, -100, 10, 2, -100, -100]])
+
+
+def labels_at(lm: PreTrainedModel) -> list[tuple[int, int]]:
+    """The places whose labels can be predicted: a decoder predicts none at the first."""
+    first = 0 if lm.config.is_encoder_decoder else 1
+    return [(row, place) for row in range(2) for place in range(first, labels_of(lm).shape[1])]
+
+
+def count_rows(lm: PreTrainedModel) -> list[int]:
+    """Of what reaches the product with the vocabulary, call by call."""
+    rows = []
+    lm.get_output_embeddings().register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel()))
+    return rows
+
+
+def quiet_about(caplog) -> list[str]:
+    return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.fixture
+def heard(caplog):
+    """caplog hears what transformers logs."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradient_are_the_language_models_own(family):
+    lm = lm_of(family).double()
+    ids, mask, slots, soft = batch(lm, torch.float64)
+    labels = labels_of(lm)
+
+    logits, targets = label_logits(lm, embed_with_slots(lm, ids, slots, soft), mask, labels)
+    loss = label_loss(logits, targets)
+    (gradient,) = torch.autograd.grad(loss, soft)
+
+    embeds = embed_tokens(lm, ids.clamp(min=0))
+    rows = [embeds[row, place] for row in range(2) for place in range(8)]
+    for place, token in zip(slots.flatten().nonzero().flatten().tolist(), soft.flatten(0, 1), strict=True):
+        rows[place] = token
+    by_hand = lm(inputs_embeds=torch.stack(rows).view(2, 8, -1), attention_mask=mask, labels=labels)
+    log_p = by_hand.logits.log_softmax(-1)
+    places = [(row, place) for row, place in labels_at(lm) if labels[row, place] != -100]
+    ahead = 0 if lm.config.is_encoder_decoder else 1
+    terms = [-log_p[row, place - ahead, labels[row, place]] for row, place in places]
+    expected = sum(terms) / len(terms)
+    (expected_gradient,) = torch.autograd.grad(expected, soft)
+
+    assert logits.shape == (6, VOCAB) and len(places) == 6
+    near = 1e-6 if family == "mamba" else 1e-9  # it gives its logits in float32
+    assert abs(loss - expected) < near and abs(loss - by_hand.loss) < 1e-6  # the language model's own is in float32
+    torch.testing.assert_close(gradient, expected_gradient, atol=near, rtol=near)
+    assert gradient[[0, 1, 2, 3]].abs().amax(-1).min() > 1e-6
+    assert all(parameter.grad is None for parameter in lm.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_targets_are_those_of_the_labelled_places(family):
+    lm = lm_of(family)
+    ids, mask, slots, soft = batch(lm)
+    labels = labels_of(lm)
+    embeds = embed_with_slots(lm, ids, slots, soft)
+    rows = count_rows(lm)
+    logits, targets = label_logits(lm, embeds, mask, labels)
+    all_rows = labels.numel() if lm.config.is_encoder_decoder else 6
+    assert rows == [all_rows]
+
+    if lm.config.is_encoder_decoder:
+        whole = lm(inputs_embeds=embeds, attention_mask=mask, labels=labels).logits
+        places = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+        assert targets.tolist() == [9, 11, 13, 1, 7, 1]
+    else:
+        whole = lm(inputs_embeds=embeds, attention_mask=mask).logits
+        places = [(0, 2), (0, 4), (0, 5), (0, 6), (1, 3), (1, 4)]
+        assert targets.tolist() == [7, 9, 11, 2, 10, 2]
+    torch.testing.assert_close(logits, torch.stack([whole[place] for place in places]), atol=2e-6, rtol=1e-5)
+
+
+def test_a_language_model_that_knows_no_places_computes_all(monkeypatch):
+    lm = lm_of("gemma2")
+    ids, mask, slots, soft = batch(lm)
+    embeds = embed_with_slots(lm, ids, slots, soft)
+    expected, targets = label_logits(lm, embeds, mask, labels_of(lm))
+    monkeypatch.setattr(type(lm), "__module__", "transformers_modules.gemma")
+    rows = count_rows(lm)
+    logits, same = label_logits(lm, embeds, mask, labels_of(lm))
+    assert rows == [16] and same.equal(targets)
+    torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_label_gives_no_loss_and_no_gradient(family):
+    lm = lm_of(family)
+    ids, mask, slots, soft = batch(lm)
+    logits, targets = label_logits(
+        lm, embed_with_slots(lm, ids, slots, soft), mask, torch.full_like(labels_of(lm), -100)
+    )
+    assert logits.shape == (0, VOCAB) and targets.shape == (0,)
+    loss = label_loss(logits, targets)
+    assert loss.item() == 0
+    loss.backward()
+    assert soft.grad.equal(torch.zeros_like(soft))
+
+
+@pytest.mark.parametrize("family", [family for family in DECODERS if family != "mamba"])
+def test_padding_on_either_side_is_as_none(family):
+    lm = lm_of(family)
+    ids, mask, slots, soft = batch(lm)
+    labels = labels_of(lm)
+    embeds = embed_with_slots(lm, ids, slots, soft)
+    right, _ = label_logits(lm, embeds, mask, labels)
+
+    noise = torch.randn(1, 2, embeds.shape[-1])
+    left = embeds[0], torch.cat([noise[0], embeds[1, :6]])
+    left_labels = torch.stack([labels[0], torch.cat([torch.tensor([-100, -100]), labels[1, :6]])])
+    left_labels[1, 2] = -100  # the first place, which was not predicted either
+    left_padded, _ = label_logits(lm, torch.stack(left), mask.flip(1) | (mask * 0), left_labels)
+    torch.testing.assert_close(left_padded, right, atol=2e-6, rtol=1e-5)
+
+    alone = [
+        label_logits(lm, embeds[i : i + 1, :n], mask[i : i + 1, :n], labels[i : i + 1, :n])[0]
+        for i, n in enumerate((8, 6))
+    ]
+    torch.testing.assert_close(torch.cat(alone), right, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_from_embeddings_of_words_is_generation_from_words(family):
+    lm = lm_of(family)
+    ids, mask = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]), torch.ones(2, 5, dtype=torch.long)
+    slots = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]).bool()
+    words = embed_tokens(lm, ids)[slots].view(2, 2, -1)
+    embeds = embed_with_slots(lm, ids.masked_fill(slots, SLOT), slots, words)
+    torch.testing.assert_close(embeds, embed_tokens(lm, ids))
+    for options in ({"do_sample": False}, {"num_beams": 3, "num_return_sequences": 2}, {"use_cache": False}):
+        options = {"max_new_tokens": 5, "min_new_tokens": 3, **options}
+        written = generate_from_embeds(lm, embeds, mask, **options)
+        expected = lm.generate(input_ids=ids, attention_mask=mask, **options)
+        assert written.equal(expected if lm.config.is_encoder_decoder else expected[:, 5:])
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mamba"])
+def test_generation_is_that_of_each_row_alone_and_without_cache(family):
+    lm = lm_of(family)
+    ids, mask, slots, soft = batch(lm)
+    embeds = embed_with_slots(lm, ids, slots, soft).detach()
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "repetition_penalty": 3.0}
+    alone = [
+        generate_from_embeds(lm, embeds[i : i + 1, :n], mask[i : i + 1, :n], **options) for i, n in enumerate((8, 6))
+    ]
+    if not lm.config.is_encoder_decoder:
+        embeds, mask = torch.stack([embeds[0], embeds[1].roll(2, 0)]), mask.flip(1)
+    written = generate_from_embeds(lm, embeds, mask, **options)
+    assert written.equal(torch.cat(alone)) and written.unique().numel() > 3
+    assert generate_from_embeds(lm, embeds, mask, use_cache=False, **options).equal(written)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("pad", [None, 3])
+def test_a_row_that_ends_early_is_padded_and_nothing_is_warned_of(family, pad, heard):
+    lm = lm_of(family)
+    lm.generation_config.pad_token_id = None if pad is None else 0
+    before = lm.generation_config.to_dict()
+    ids, mask, slots, soft = batch(lm)
+    embeds = embed_with_slots(lm, ids, slots, soft).detach()
+    mask = torch.ones_like(mask)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    free = generate_from_embeds(lm, embeds, mask, min_new_tokens=6, **options)
+    first = 1 if lm.config.is_encoder_decoder else 0
+    end = int(free[0, first + 1])
+    given = {} if pad is None else {"pad_token_id": pad}
+    expected = torch.full_like(free, end if pad is None else pad)
+    for row, line in enumerate(free.tolist()):
+        length = line.index(end, first) + 1 if end in line[first:] else len(line)
+        expected[row, :length] = free[row, :length]
+    assert not expected.equal(free)
+    for config in (
+        {"eos_token_id": [end], **given},
+        {"generation_config": GenerationConfig(eos_token_id=[end], **given)},
+    ):
+        heard.clear()
+        written = generate_from_embeds(lm, embeds, mask, **config, **options)
+        assert written.equal(expected[:, : written.shape[1]]) and expected[:, written.shape[1] :].unique().numel() <= 1
+        assert "generation_config" in config or not quiet_about(heard)
+    assert lm.generation_config.to_dict() == before
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_the_end_is_learnt_where_it_is_the_padding_too(family):
+    lm = lm_of(family, pad_token_id=2).requires_grad_(True)
+    ids = torch.tensor([[SLOT, 5, 6, 2, 2, 2]])
+    mask, labels = torch.tensor([[1, 1, 1, 1, 0, 0]]), torch.tensor([[-100, 5, 6, 2, -100, -100]])
+    soft = torch.ones(1, 1, 16)
+    optimizer = torch.optim.Adam(lm.parameters(), lr=0.02)
+    for _ in range(25):
+        logits, targets = label_logits(lm, embed_with_slots(lm, ids, ids == SLOT, soft), mask, labels)
+        assert targets.tolist() == [5, 6, 2]
+        label_loss(logits, targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    written = generate_from_embeds(lm, soft, mask[:, :1], max_new_tokens=6, do_sample=False)
+    assert written.tolist() == [[5, 6, 2]]
+
+
+def test_slots_are_filled_in_reading_order_and_never_looked_up():
+    lm = lm_of("llama")
+    ids, _, slots, soft = batch(lm)
+    looked_up = []
+    lm.get_input_embeddings().register_forward_pre_hook(lambda _, args: looked_up.append(args[0]))
+    embeds = embed_with_slots(lm, ids, slots, soft)
+    assert embeds[slots].equal(soft[:, 0]) and looked_up[0].min() >= 0
+    assert embeds[~slots].equal(lm.get_input_embeddings().weight[ids[~slots]])
+    embeds.square().sum().backward()
+    torch.testing.assert_close(soft.grad, 2 * soft)
+    assert lm.get_input_embeddings().weight.grad is None
+    assert not embed_with_slots(lm, ids.clamp(min=3), slots & False, soft[:0].detach()).requires_grad
+    assert embed_with_slots(lm.bfloat16(), ids, slots, soft).dtype == torch.bfloat16
+
+
+def test_slots_and_words_that_cannot_be_are_refused():
+    lm = lm_of("llama")
+    ids, _, slots, soft = batch(lm)
+    with pytest.raises(ValueError, match="5 slots for 4 soft tokens"):
+        embed_with_slots(lm, ids, slots, soft[:4])
+    with pytest.raises(ValueError, match="id 48 of the text"):
+        embed_with_slots(lm, ids.where(slots, VOCAB), slots, soft)
+    with pytest.raises(ValueError, match="id -200 of the text"):
+        embed_with_slots(lm, ids, slots & False, soft[:0])
+
+
+@pytest.mark.parametrize(
+    "family, scale", [("llama", 1), ("gemma", 4), ("opt-projected", 1), ("bart", 4), ("marian", 4)]
+)
+def test_embedding_rms_is_of_what_is_read_and_of_used_rows(family, scale):
+    lm = lm_of(family)
+    weight = lm.get_input_embeddings().weight
+    weight[[0, 7]] = 0
+    used = weight.double()[[i for i in range(VOCAB) if i not in (0, 7)]]
+    expected = scale * math.sqrt(used.square().mean())
+    assert embedding_rms(lm) == pytest.approx(expected, rel=1e-6)
+    assert embedding_rms(lm, chunk_size=5) == pytest.approx(expected, rel=1e-6)
+    assert embedding_width(lm) == weight.shape[1] == embed_tokens(lm, torch.tensor([[3]])).shape[-1]
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
+    ],
+    ids=["lora", "modules_to_save", "tokens"],
+)
+def test_an_adapted_language_model_is_like_any_other(adapter):
+    plain = lm_of("llama", tie_word_embeddings=False)
+    expected_rms = embedding_rms(plain)
+    ids, mask, slots, soft = batch(plain)
+    labels = labels_of(plain)
+    expected = label_logits(plain, embed_with_slots(plain, ids, slots, soft), mask, labels)
+    adapted = get_peft_model(plain, LoraConfig(r=2, **adapter)).eval()
+    rows = count_rows(adapted)
+    logits, targets = label_logits(adapted, embed_with_slots(adapted, ids, slots, soft), mask, labels)
+    torch.testing.assert_close(logits, expected[0])
+    assert rows == [6] and targets.equal(expected[1])
+    assert embedding_width(adapted) == 16 and embedding_rms(adapted) == pytest.approx(expected_rms)
+    with pytest.raises(ValueError, match="id 48"):
+        embed_with_slots(adapted, ids.where(slots, VOCAB), slots, soft)
+
+
+def test_label_loss_by_hand():
+    logits = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([1, -100, 0, 4])
+    log_p = logits - logits.exp().sum(-1, keepdim=True).log()
+    rows = [(0, 1), (2, 0), (3, 4)]
+    plain = -sum(log_p[row] for row in rows)
+    smooth = -sum(0.9 * log_p[row] + 0.1 * log_p[row[0]].mean() for row in rows)
+    torch.testing.assert_close(label_loss(logits, targets), plain / 3)
+    torch.testing.assert_close(label_loss(logits, targets, num_items_in_batch=7), plain / 7)
+    torch.testing.assert_close(label_loss(logits, targets, torch.tensor(7)), plain / 7)
+    torch.testing.assert_close(label_loss(logits, targets, label_smoothing=0.1), smooth / 3)
+    half = logits.bfloat16()
+    assert label_loss(half, targets).equal(label_loss(half.float(), targets))
+    assert label_loss(half, targets).dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_finite(family):
+    lm = lm_of(family).bfloat16()
+    ids, mask, slots, soft = batch(lm)
+    logits, targets = label_logits(lm, embed_with_slots(lm, ids, slots, soft), mask, labels_of(lm))
+    loss = label_loss(logits, targets)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.isfinite() and soft.grad.isfinite().all() and soft.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("family, layers", [("llama", {"num_hidden_layers": 1}), ("t5", {"num_layers": 1})])
+def test_compiled_in_one_graph(family, layers):
+    lm = lm_of(family, **layers)
+    ids, mask, slots, soft = batch(lm)
+
+    def loss_of(ids, mask, slots, soft, labels):
+        return label_loss(*label_logits(lm, embed_with_slots(lm, ids, slots, soft), mask, labels), label_smoothing=0.1)
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    for labels in (labels_of(lm), torch.full_like(labels_of(lm), -100)):
+        expected, loss = (function(ids, mask, slots, soft, labels) for function in (loss_of, compiled))
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(value, soft)[0] for value in (loss, expected)))
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_language_model_is_opened_as_what_it_is(family, tmp_path):
+    lm = lm_of(family)
+    lm.save_pretrained(tmp_path)
+    opened = open_language_model(str(tmp_path), dtype=torch.float64)
+    assert type(opened) is type(lm) and opened.dtype == torch.float64
+    assert all(value.equal(lm.state_dict()[name].double()) for name, value in opened.state_dict().items())
+
+
+def test_what_is_no_language_model_is_refused(tmp_path):
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    with pytest.raises(ValueError, match="vit is no language model that AutoModelForCausalLM opens"):
+        language_model_from_config(config)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="vit is no language model"):
+        open_language_model(str(tmp_path))
+    with pytest.raises(ValueError, match="openai-gpt cannot generate from embeddings"):
+        language_model_from_config(AutoConfig.for_model("openai-gpt", n_embd=8, n_layer=1, n_head=1, vocab_size=9))
