@@ -68,7 +68,7 @@ FLAGS = {"num_attention_heads": "--heads"}  # of the arguments of functions that
 
 
 def add_convert(subparsers) -> None:
-    """``hf-mm convert clip|vit|pic2word SOURCE OUT``: see `hf_mm.hub.convert`."""
+    """``hf-mm convert clip|vit|pic2word|blip2 SOURCE OUT``: see `hf_mm.hub.convert`."""
     parser = subparsers.add_parser("convert", help="convert a published checkpoint to a folder of ours, or one back")
     models = parser.add_subparsers(metavar="MODEL", required=True)
     clip = _add_conversion(
@@ -106,6 +106,27 @@ def add_convert(subparsers) -> None:
     pic2word.add_argument("--clip-revision", metavar="R", help="of a Hub id: branch, tag or commit")
     pic2word.add_argument("--tokenizer", metavar="FOLDER", help="with the vocabulary, where the CLIP has none")
     pic2word.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="to write (default: float32)")
+    blip2 = _add_conversion(
+        models,
+        "blip2",
+        help="BLIP-2 of LAVIS or transformers, with its frozen parts",
+        source="file of LAVIS (blip2_pretrained*.pth, …), folder, or id of the Hub",
+        layouts=("transformers", "lavis"),
+    )
+    blip2.add_argument(
+        "--vision", metavar="V", help="the tower that LAVIS's file lacks: eva_vit_g.pth or a CLIP ViT-L/14"
+    )
+    blip2.add_argument("--vision-revision", metavar="R", help="of a Hub id: branch, tag or commit")
+    blip2.add_argument(
+        "--language-model", metavar="L", help="that LAVIS's file of stage 2 lacks: folder or id of the Hub"
+    )
+    blip2.add_argument("--language-model-revision", metavar="R", help="of a Hub id: branch, tag or commit")
+    blip2.add_argument(
+        "--tokenizer", metavar="T", help="folder or id (default: the language model's, the folder's, or BERT's)"
+    )
+    blip2.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="to write (default: the widest of the sources)"
+    )
 
 
 def _add_conversion(models, name: str, help: str, source: str, layouts: tuple[str, ...]) -> argparse.ArgumentParser:
@@ -132,6 +153,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
             "clip": convert.convert_clip,
             "vit": convert.convert_vit,
             "pic2word": convert.convert_pic2word,
+            "blip2": convert.convert_blip2,
         }
         folder = functions[arguments.model](arguments.source, arguments.out, **options)
     elif options:
@@ -142,6 +164,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
             "clip": convert.export_clip,
             "vit": convert.export_vit,
             "pic2word": convert.export_pic2word,
+            "blip2": convert.export_blip2,
         }
         folder = functions[arguments.model](arguments.source, arguments.out, layout)
     print(f"The model is in {folder}.")

@@ -13,6 +13,10 @@ from transformers import AutoProcessor, PreTrainedModel
 from ..conversion.checkpoint import Checkpoint, open_checkpoint
 from ..conversion.engine import Conversion, check_target
 from ..conversion.peers import require_agreement
+from ..models.blip2 import conversion_blip2, peer_check_blip2
+from ..models.blip2.configuration_blip2 import MMBlip2Config
+from ..models.blip2.modeling_blip2 import MMBlip2ForConditionalGeneration
+from ..models.blip2.modeling_blip2_stage1 import MMBlip2ForImageTextRetrieval, MMBlip2ForPreTraining
 from ..models.clip import conversion_clip, peer_check_clip
 from ..models.clip.modeling_clip import MMClipModel
 from ..models.pic2word import conversion_pic2word, peer_check_pic2word
@@ -25,6 +29,11 @@ from .converted_card import converted_card
 from .push import check_repo_id, push_folder
 
 DTYPES = ("float32", "float16", "bfloat16")
+BLIP2_CLASSES = (MMBlip2ForPreTraining, MMBlip2ForImageTextRetrieval, MMBlip2ForConditionalGeneration)
+BLIP2_LICENSE = (
+    "The authors of BLIP-2 publish their code under BSD-3-Clause and, on the Hub, their weights as MIT. The picture tower and "
+    "the language model are under the licences of their own publishers: OPT's forbids commercial use, Flan-T5's is Apache-2.0."
+)
 PIC2WORD_LICENSE = (
     "The authors of Pic2Word publish their code under Apache-2.0 and state no licence for the weights of the mapping "
     "network. The frozen CLIP is under the licence of its own publisher."
@@ -166,6 +175,65 @@ def convert_pic2word(
     )
 
 
+def convert_blip2(
+    source: str,
+    out: str | Path,
+    *,
+    vision: str | None = None,
+    language_model: str | None = None,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    vision_revision: str | None = None,
+    language_model_revision: str | None = None,
+    dtype: str | None = None,
+    check: bool = False,
+    license: str | None = None,
+    push_to_hub: str | None = None,
+) -> Path:
+    """Converts a published BLIP-2 to a folder that the AutoClasses open: tower, Q-Former, language model and processor.
+
+    Args:
+        source, vision, language_model, tokenizer, revision, vision_revision, language_model_revision: see
+            `conversion_blip2.read_blip2`.
+        dtype: of the weights that are written, one of `DTYPES`; by default the widest among the sources.
+        out, check, license, push_to_hub: see `convert_clip`; the check is against transformers' BLIP-2 and of its folders
+            alone.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError, OSError: see `read_blip2`; or the peer disagrees. Nothing is written then.
+    """
+    if push_to_hub:
+        check_repo_id(push_to_hub)
+    check_target(out)
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    published = open_checkpoint(source, revision=revision)
+    peer = peer_check_blip2.peer_of(published, dtype) if check else None
+    conversion, processor, changes = conversion_blip2.read_blip2(
+        published,
+        vision=vision,
+        language_model=language_model,
+        tokenizer=tokenizer,
+        vision_revision=vision_revision,
+        language_model_revision=language_model_revision,
+        dtype=getattr(torch, dtype) if dtype else None,
+    )
+    return _finish(
+        conversion,
+        processor,
+        out,
+        peer,
+        lambda _, model: peer_check_blip2.compare_with_peer(published, model),
+        license or "other",
+        push_to_hub,
+        changes=changes,
+        license_note=BLIP2_LICENSE,
+    )
+
+
 def export_clip(source: str, out: str | Path, layout: str) -> Path:
     """Writes a CLIP of ours, a folder or Hub id, as ``"transformers"`` or ``"open_clip"`` opens it."""
     check_target(out)
@@ -189,6 +257,21 @@ def export_pic2word(source: str, out: str | Path, layout: str) -> Path:
     check_target(out)
     model, processor = Pic2WordModel.from_pretrained(source), AutoProcessor.from_pretrained(source)
     write = {"pic2word": conversion_pic2word.save_as_pic2word}
+    return write[layout](model, processor, out)
+
+
+def export_blip2(source: str, out: str | Path, layout: str) -> Path:
+    """Writes a BLIP-2 of ours, a folder or Hub id, as ``"transformers"`` or ``"lavis"`` opens it."""
+    check_target(out)
+    architectures = MMBlip2Config.from_pretrained(source).architectures or []
+    model_class = next((cls for cls in BLIP2_CLASSES if cls.__name__ in architectures), None)
+    if model_class is None:
+        names = ", ".join(cls.__name__ for cls in BLIP2_CLASSES)
+        raise ValueError(
+            f"{source} is of {', '.join(architectures) or 'no class'}, but only {names} have other layouts."
+        )
+    model, processor = model_class.from_pretrained(source), AutoProcessor.from_pretrained(source)
+    write = {"transformers": conversion_blip2.save_as_transformers, "lavis": conversion_blip2.save_as_lavis}
     return write[layout](model, processor, out)
 
 

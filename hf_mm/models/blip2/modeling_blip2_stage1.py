@@ -75,6 +75,8 @@ ACCURACIES = (
 class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
     """Compares pictures with texts: by embeddings (ITC), and pair by pair (ITM)."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
     def __init__(self, config: MMBlip2Config, vision_tower: PreTrainedModel | None = None):
         super().__init__(config, vision_tower)
         width = config.qformer_config.hidden_size
@@ -336,6 +338,7 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
 class MMBlip2ForPreTraining(MMBlip2ForImageTextRetrieval):
     """Stage 1: contrastive, matching and generation loss together (section 3.2)."""
 
+    _keys_to_ignore_on_load_unexpected = None
     _tied_weights_keys = {"lm_head.decoder.weight": "qformer.embeddings.word_embeddings.weight"}
 
     def _add_heads(self, config: MMBlip2Config) -> None:

@@ -262,18 +262,28 @@ def test_opens_bit_equal_and_frozen(name, tmp_path):
         assert parameter.requires_grad is not key.startswith(FROZEN), key
 
 
+ON_DISK = {"vision_tower": "cpu", "language_model": "disk", **dict.fromkeys(OWN, "cpu")}
+
+
+@pytest.mark.parametrize("places", [ON_DISK, 30_000, 80_000], ids=["by hand", "30 kB", "80 kB"])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_a_language_model_on_disk_answers_the_same(name, tmp_path):
+def test_a_language_model_on_disk_answers_the_same(name, places, tmp_path):
+    """Chosen by hand, or by a limit of memory."""
     model = stage2(language_model=name)
     model.save_pretrained(tmp_path / "model")
-    places = {"vision_tower": "cpu", "language_model": "disk", **dict.fromkeys(OWN, "cpu")}
+    limit = places if isinstance(places, int) else None
     spread = MMBlip2ForConditionalGeneration.from_pretrained(
-        tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "disk")
+        tmp_path / "model",
+        device_map="auto" if limit else places,
+        max_memory={"cpu": limit} if limit else None,
+        offload_folder=str(tmp_path / "disk"),
     )
+    assert "disk" in spread.hf_device_map.values()
     batch = training_batch(model)
     assert torch.equal(spread(**batch).logits, model(**batch).logits)
     assert torch.equal(spread(**batch).loss, model(**batch).loss)
+    assert torch.equal(spread.train()(**batch).loss, model.train()(**batch).loss)
     prompt = {**batch_of(ROWS, "left"), "pixel_values": pictures(2), "max_new_tokens": 3, "do_sample": False}
     assert torch.equal(spread.generate(**prompt), model.generate(**prompt))
     alone = {"pixel_values": pictures(2), "max_new_tokens": 3, "do_sample": False}

