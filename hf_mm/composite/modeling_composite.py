@@ -143,6 +143,7 @@ class MMCompositeModel(MMPreTrainedModel):
                 f"{folder} is no trained part of a {cls.__name__} of its config: {sorted(wrong)[:3]} differ."
             )
         model.load_state_dict(trained, strict=False, assign=True)
+        model.tie_weights()
         return (model if dtype is None else model.to(dtype)).eval()
 
     @classmethod
@@ -180,5 +181,7 @@ class MMCompositeModel(MMPreTrainedModel):
         return ((name, self.get_submodule(name)) for name in self.frozen_parts)
 
     def _trained_state(self) -> dict[str, torch.Tensor]:
-        frozen = tuple(f"{name}." for name in self.frozen_parts)
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(frozen)}
+        """Everything outside the frozen parts, tied weights once."""
+        frozen, tied = tuple(f"{name}." for name in self.frozen_parts), self.all_tied_weights_keys
+        state = self.state_dict().items()
+        return {name: tensor for name, tensor in state if not name.startswith(frozen) and name not in tied}

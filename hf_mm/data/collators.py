@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from random import Random
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.utils import logging
 
 from ..image_utils import RGBImageProcessorPil
 from .augment import NUM_DRAWS, ImageAugmentation
+from .features import FeatureRows
 from .image_text import (
     BrokenRow,
     Columns,
@@ -28,6 +30,8 @@ from .image_text import (
 from .sampling import Draw
 
 logger = logging.get_logger(__name__)
+
+IGNORED = -100  # the label of what is not learnt
 
 TextOf = Callable[[ImageText, Random], str]
 LabelOf = Callable[[ImageText], str]
@@ -53,14 +57,20 @@ class _Samples:
         return at_model_size(row.image, self.image_processor)
 
     def sample(self, row: ImageText, draw: Draw, pixels: torch.Tensor) -> dict[str, Any]:
-        rng = Random(f"{self.seed}/{draw.epoch}/{draw.index}/{draw.copy}")
         return {
             "pixels": pixels,
-            "text": self.text_of(row, rng),
-            "draws": [rng.random() for _ in range(NUM_DRAWS)],
+            **self.words(row, draw),
             "may_flip": row.row.get("flip_ok") is not False,
             "image_id": row.image_id,
             "group": row.group,
+        }
+
+    def words(self, row: ImageText, draw: Draw) -> dict[str, Any]:
+        """The text of a sample, and numbers for all else that is random in it."""
+        rng = Random(f"{self.seed}/{draw.epoch}/{draw.index}/{draw.copy}")
+        return {
+            "text": self.text_of(row, rng),
+            "draws": [rng.random() for _ in range(NUM_DRAWS)],
             **({"label": self.label_of(row)} if self.label_of else {}),
         }
 
@@ -195,6 +205,50 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         return self.stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
 
 
+class CaptionedFeatures(torch.utils.data.Dataset):
+    """Cached features with texts of their rows: what `ImageTextDraws` gives, with `vision_features` in place of pixels.
+
+    The texts that a draw gives are those of `ImageTextDraws`, as long as all rows are kept.
+
+    Args:
+        features: of the rows that are kept.
+        rows: all rows.
+        kept: which of them have features, in their order.
+        text_of, seed, label_of: see `ImageTextDraws`.
+    """
+
+    def __init__(
+        self,
+        features: FeatureRows,
+        rows: ImageTextRows,
+        kept: Sequence[int],
+        text_of: TextOf = any_caption,
+        seed: int = 0,
+        label_of: LabelOf | None = None,
+    ):
+        self.features, self.columns = features, rows.columns
+        self.rows = rows.dataset.remove_columns([rows.columns.image]).select(kept)
+        self.samples = _Samples(None, text_of, seed, label_of)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: Sequence[Draw | int]) -> list[dict[str, Any]]:
+        draws = [draw if isinstance(draw, Draw) else Draw(0, draw) for draw in draws]
+        given = self.features.__getitems__(draws)
+        return [
+            {**self.samples.words(self._read(draw.index, row["group"]), draw), **row}
+            for draw, row in zip(draws, given, strict=True)
+        ]
+
+    def _read(self, index: int, group: str) -> ImageText:
+        row = self.rows[index]
+        return ImageText(None, self.columns.captions(row), f"row {index}", group, row)
+
+
 class ContrastiveCollator:
     """Samples of `ImageTextDraws` or `ImageTextStream` to the inputs of a dual encoder.
 
@@ -230,6 +284,12 @@ class ContrastiveCollator:
             "label_input_ids": tokens["input_ids"],
             "label_attention_mask": tokens["attention_mask"],
         }
+
+    def pictures(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The pictures of samples, or their cached features, as a composite takes them."""
+        if "vision_features" in samples[0]:
+            return {"vision_features": torch.stack([sample["vision_features"] for sample in samples])}
+        return {"pixel_values": self.pixel_values(samples)}
 
     def pixel_values(self, samples: list[dict[str, Any]]) -> torch.Tensor:
         """The pictures of samples, augmented and normalised: ``(B, C, H, W)``."""
@@ -273,15 +333,113 @@ class PromptCollator(ContrastiveCollator):
             )
         else:
             batch = {name: row.expand(len(samples), -1) for name, row in self.prompt.items()}
-        if "vision_features" in samples[0]:
-            batch["vision_features"] = torch.stack([sample["vision_features"] for sample in samples])
-        else:
-            batch["pixel_values"] = self.pixel_values(samples)
         return {
             **batch,
+            **self.pictures(samples),
             "image_ids": torch.tensor([stable_id(sample["group"]) for sample in samples]),
             "skipped": [row for sample in samples for row in sample.get("skipped", [])],
         }
+
+
+class QFormerCollator(ContrastiveCollator):
+    """Samples of pictures, or of their cached features, with texts to the inputs of a Q-Former (stage 1).
+
+    Args:
+        processor: of stage 1, such as `MMBlip2Processor` without `num_query_tokens`.
+        augmentation: see `ContrastiveCollator`; what is cached stays as it is.
+    """
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            **self.processor(text=[sample["text"] for sample in samples], return_tensors="pt"),
+            **self.pictures(samples),
+            "image_ids": torch.tensor([stable_id(sample["group"]) for sample in samples]),
+            "skipped": [row for sample in samples for row in sample.get("skipped", [])],
+        }
+
+
+class LanguageCollator(ContrastiveCollator):
+    """Samples of pictures, or of their cached features, with texts to the inputs of a language model (stage 2).
+
+    Args:
+        processor: of stage 2, such as `MMBlip2Processor` with `num_query_tokens`.
+        mode: of the processor: ``"caption"`` (a sample's text is learnt after the processor's prompt), ``"vqa"`` (it is
+            the answer to the sample's ``"label"``, the question) or ``"prefix_lm"`` (it is split, where the sample's
+            ``"draws"`` say).
+        augmentation: see `ContrastiveCollator`; what is cached stays as it is.
+        blind: give features of zeros, to learn what can be said without sight. Features must be cached.
+    """
+
+    def __init__(
+        self, processor: Any, mode: str = "caption", augmentation: ImageAugmentation | None = None, blind: bool = False
+    ):
+        super().__init__(processor, augmentation)
+        self.mode, self.blind = mode, blind
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            **self.texts(samples),
+            **self.pictures(samples),
+            "skipped": [row for sample in samples for row in sample.get("skipped", [])],
+        }
+
+    def texts(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `labels`; of questions that enter the Q-Former, its inputs too."""
+        texts = [sample["text"] for sample in samples]
+        if self.mode == "prefix_lm":
+            seeds = [int(sample["draws"][0] * 2**32) for sample in samples]
+            given = {"text": texts, "rng": seeds}
+        elif self.mode == "vqa":
+            given = {"text": [sample["label"] for sample in samples], "suffix": texts}
+        else:
+            given = {"suffix": texts}
+        return dict(self.processor(**given, mode=self.mode, num_images=[1] * len(samples), return_tensors="pt"))
+
+    def pictures(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """See `ContrastiveCollator.pictures`."""
+        pictures = super().pictures(samples)
+        return {name: torch.zeros_like(given) for name, given in pictures.items()} if self.blind else pictures
+
+
+class WordCollator(LanguageCollator):
+    """Samples of pictures, or of their cached features, with captions to the inputs of the word warm-up: the first tokens
+    of a caption in the place of the soft tokens, as `hf_mm.losses.words.word_loss` takes them.
+
+    Args:
+        processor: of stage 2.
+        captions: of which the vocabulary is made; tokens of others have no target.
+        augmentation, blind: see `LanguageCollator`.
+
+    Attributes:
+        word_ids: ``(V,)``, the tokens of the vocabulary, in their order.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        captions: Iterable[str],
+        augmentation: ImageAugmentation | None = None,
+        blind: bool = False,
+    ):
+        super().__init__(processor, "caption", augmentation, blind)
+        alone = processor(num_images=[1], return_tensors="pt")["input_ids"]
+        self.begin = 0 if processor.is_encoder_decoder else alone.shape[1]
+        known, captions = {processor.eos_token_id}, iter(captions)
+        while chunk := list(islice(captions, 1024)):
+            known.update(self._tokens(chunk).flatten().tolist())
+        self.word_ids = torch.tensor(sorted(known))
+
+    def texts(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """`word_targets` ``(B, Nq)``: the first tokens of the captions, counted in `word_ids`, filled up with the end."""
+        tokens = self._tokens([sample["text"] for sample in samples])
+        targets = torch.searchsorted(self.word_ids, tokens).clamp(max=len(self.word_ids) - 1)
+        return {"word_targets": targets.masked_fill(self.word_ids[targets] != tokens, IGNORED)}
+
+    def _tokens(self, captions: list[str]) -> torch.Tensor:
+        given = self.processor(suffix=captions, mode="caption", num_images=[1] * len(captions), return_tensors="pt")
+        labels, number = given["labels"][:, self.begin :], self.processor.num_query_tokens
+        labels = torch.nn.functional.pad(labels, (0, max(0, number - labels.shape[1])), value=IGNORED)[:, :number]
+        return labels.masked_fill(labels == IGNORED, self.processor.eos_token_id)
 
 
 class ImageTextCollator:

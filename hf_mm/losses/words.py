@@ -16,9 +16,9 @@ def word_loss(
     """Soft token k is told apart as the k-th token of its picture's caption.
 
     The logit of a word is `scale` times the product of the soft token with the word's embedding, from which the mean of
-    all `words` is subtracted: what every embedding has in common tells no word from another. The warm-up is this
-    project's own; it costs a thousandth of a pass through the language model, and what it teaches is where in the
-    language model's space the words of a picture lie.
+    all `words` is subtracted: what every embedding has in common tells no word from another. This warm-up is this
+    project's own. It costs next to nothing beside a pass through the language model, and teaches where in the language
+    model's space the words of a picture lie.
 
     Args:
         soft_tokens: ``(B, K, D)``, of K queries.
@@ -42,6 +42,8 @@ def word_loss(
         logits = (scale * (soft_tokens @ (words - words.mean(dim=0)).T)).flatten(0, 1)
     targets = targets.flatten()
     told = targets != IGNORED
-    loss = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / told.sum().clamp(min=1)
+    loss = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / told.sum().clamp(
+        min=1
+    )
     right = ((logits.argmax(dim=-1) == targets) & told).sum() / told.sum().clamp(min=1)
     return loss, right.detach()

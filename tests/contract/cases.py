@@ -320,6 +320,11 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
     return (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
 
 
+def first_layer(block: nn.Module) -> nn.Module:
+    """Of a block, what computes first."""
+    return next(module for module in block.modules() if not list(module.children()) and list(module.parameters()))
+
+
 def recomputed(model: nn.Module) -> list[nn.Module]:
     """What gradient checkpointing computes again: all blocks but those of a tower that runs without gradients."""
     upstream = {id(block) for tower in frozen_towers(model) for block in blocks(tower)}
@@ -625,7 +630,8 @@ def words_of(texts: list[str]) -> list[str]:
 @cache
 def bert_tokenizer() -> BertTokenizer:
     words = [*BERT_WORDS, *words_of(CAPTIONS)]
-    return BertTokenizer(vocab={word: number for number, word in enumerate(words)}, bos_token="[DEC]")
+    vocab = {word: number for number, word in enumerate(words)}
+    return BertTokenizer(vocab=vocab, bos_token="[DEC]", model_max_length=CONTEXT)
 
 
 @cache
@@ -688,11 +694,6 @@ def t5_config() -> T5Config:
         eos_token_id=2,
         decoder_start_token_id=0,
     )
-
-
-def blip2_llama_config() -> MMBlip2Config:
-    """Over a layer before the last, as of the published ViT-L."""
-    return blip2_config(llama_config(), vision_feature_layer=-2)
 
 
 def blip2_t5_config() -> MMBlip2Config:
@@ -1131,7 +1132,7 @@ CASES = [
     Case(
         name="mm_blip2",
         auto_class=AutoModel,
-        config=partial(blip2_config, qformer_config={**QFORMER, "use_text": False}),
+        config=partial(blip2_config, qformer_config={**QFORMER, "use_text": False}, vision_feature_layer=-2),
         model_class=MMBlip2Model,
         prepare=blip2_text_processor,
         oracle=oracles_blip2.blip2_oracle,
@@ -1182,7 +1183,7 @@ CASES = [
     Case(
         name="mm_blip2 with llama",
         auto_class=AutoModelForImageTextToText,
-        config=blip2_llama_config,
+        config=lambda: blip2_config(llama_config()),
         model_class=MMBlip2ForConditionalGeneration,
         prepare=blip2_lm_processor,
         oracle=oracles_blip2.stage2_oracle,

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoProcessor
 
-from .cases import FOLDER, blocks, cases_for, in_double, largest_error, recomputed, trained
+from .cases import FOLDER, blocks, cases_for, first_layer, in_double, largest_error, recomputed, trained
 from .training import NUM_SAMPLES, run_of, samples_of, trainer_for, with_loss
 
 EVERY = pytest.mark.parametrize("case", cases_for(6), ids=str)
@@ -127,7 +127,7 @@ def test_checkpointing_recomputes_every_block_and_changes_no_gradient(case):
         if checkpointing:
             model.activation_checkpointing_enable()
         for number, block in enumerate(blocks(model)):
-            next(block.children()).register_forward_pre_hook(lambda *_, number=number: calls.update([number]))
+            first_layer(block).register_forward_pre_hook(lambda *_, number=number: calls.update([number]))
         outputs = case.read(model(**batch), batch)
         sum(value.square().sum() for value in outputs.values()).backward()
         gradients = {name: parameter.grad for name, parameter in trained(model).items()}

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from hf_mm.trainers.callbacks import MAX_LOGIT_SCALE, ClampLogitScale, find_logit_scale
 from hf_mm.trainers.contrastive import ContrastiveTrainer, ContrastiveTrainingArguments
 
-from .cases import attentions, blocks, cases_for, in_double, largest_error, tokenizer
+from .cases import attentions, blocks, cases_for, first_layer, in_double, largest_error, tokenizer
 from .training import NUM_SAMPLES, samples_of, trainer_for, with_loss
 
 EVERYWHERE = r".*\.(q_proj|v_proj|\d+\.conv[123])"
@@ -196,7 +196,7 @@ def test_checkpointing_recomputes_every_block_and_changes_no_gradient(case, targ
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
         for block in blocks(model):
-            next(block.children()).register_forward_pre_hook(lambda module, args: calls.append(module))
+            first_layer(block).register_forward_pre_hook(lambda module, args: calls.append(module))
         outputs = case.read(model(**batch), batch)
         sum(value.square().sum() for value in outputs.values()).backward()
         return len(calls), {name: parameter.grad for name, parameter in trainable(model).items()}

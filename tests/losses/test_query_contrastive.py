@@ -17,7 +17,9 @@ def embeddings(rows=ROWS, queries=QUERIES):
     images = torch.randn(rows, queries, WIDTH, generator=generator, dtype=torch.float64)
     texts = torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64)
     unit = [torch.nn.functional.normalize(each, dim=-1).requires_grad_() for each in (images, texts)]
-    return *(each.detach().requires_grad_() for each in unit), torch.tensor([0.3], dtype=torch.float64).requires_grad_()
+    return *(each.detach().requires_grad_() for each in unit), torch.tensor(
+        [0.3], dtype=torch.float64
+    ).requires_grad_()
 
 
 def by_loops(images, texts, temperature, image_ids=None, smoothing=0.0, detached=False):
@@ -30,9 +32,9 @@ def by_loops(images, texts, temperature, image_ids=None, smoothing=0.0, detached
         right = [ids[j] == ids[i] for j in rows]
         for forward in (True, False):
             if forward:
-                cosines = [max((images[i, k] @ fixed(texts[j]) for k in range(images.shape[1]))) for j in rows]
+                cosines = [max(images[i, k] @ fixed(texts[j]) for k in range(images.shape[1])) for j in rows]
             else:
-                cosines = [max((fixed(images[j])[k] @ texts[i] for k in range(images.shape[1]))) for j in rows]
+                cosines = [max(fixed(images[j])[k] @ texts[i] for k in range(images.shape[1])) for j in rows]
             shares = torch.stack([torch.exp(cosine / temperature[0]) for cosine in cosines])
             shares = shares / shares.sum()
             for j in rows:

@@ -140,10 +140,10 @@ class MMBlip2ForQFormerCaptioning(MMBlip2PreTrainedModel, GenerationMixin):
             input_ids: ``(B, T)``, what the captions begin with, ``[CLS]`` or ``[DEC]`` first; by default that alone.
             vision_features: ``(B, N, E)`` in place of pixels.
         """
-        if vision_features is None and pixel_values is not None:
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("a caption needs a picture: give either pixel_values or vision_features.")
+        if pixel_values is not None:
             vision_features = self.vision_features(pixel_values)
-        if vision_features is None:
-            raise ValueError("a caption needs a picture: give pixel_values or vision_features.")
         if input_ids is None:
             begin = self.config.qformer_config.bos_token_id
             input_ids = torch.full((vision_features.shape[0], 1), begin, device=vision_features.device)

@@ -152,6 +152,8 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
         num_images, num_texts = next(filter(None, keys_values))[0].shape[0], input_ids.shape[0]
         every = torch.cartesian_prod(torch.arange(num_images), torch.arange(num_texts)).view(-1, 2)
         chosen = (every if pairs is None else pairs).to(input_ids.device)
+        if chosen.shape[0] == 0:
+            return self.itm_head.weight.new_empty(0, 2)
         logits = [
             self._match(
                 _rows_of(keys_values, images),

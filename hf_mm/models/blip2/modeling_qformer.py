@@ -98,7 +98,8 @@ class QFormerLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         num_queries: int,
         attention_mask: torch.Tensor | None,
-        keys_values: tuple[torch.Tensor, torch.Tensor] | None,
+        picture_keys: torch.Tensor | None,
+        picture_values: torch.Tensor | None,
         picture_mask: torch.Tensor | None,
         cache: Cache | None = None,
         **kwargs,
@@ -108,7 +109,7 @@ class QFormerLayer(GradientCheckpointingLayer):
         hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
         queries, text = hidden_states.tensor_split([num_queries], dim=1)
         if num_queries and self.cross_attn is not None:
-            attended, _ = self.cross_attn(queries, keys_values, picture_mask, **kwargs)
+            attended, _ = self.cross_attn(queries, (picture_keys, picture_values), picture_mask, **kwargs)
             queries = self.cross_attn_layer_norm(queries + self.dropout(attended))
         if num_queries:
             queries = self.query_layer_norm(queries + self.dropout(self.query_mlp(queries)))
@@ -222,7 +223,8 @@ class MMBlip2QFormerModel(MMPreTrainedModel):
         picture_mask = self._picture_mask(hidden_states[:, :num_queries], picture_keys_values, encoder_attention_mask)
         picture_keys_values = picture_keys_values if with_queries else [None] * config.num_hidden_layers
         for layer, keys_values in zip(self.layers, picture_keys_values, strict=True):
-            hidden_states = layer(hidden_states, num_queries, mask, keys_values, picture_mask, cache=cache, **kwargs)
+            keys, values = keys_values or (None, None)
+            hidden_states = layer(hidden_states, num_queries, mask, keys, values, picture_mask, cache=cache, **kwargs)
 
         queries, text = hidden_states.tensor_split([num_queries], dim=1)
         text, causal_text = text.chunk(2, dim=1) if text_mode == "fused" and input_ids is not None else (text, None)
@@ -255,7 +257,7 @@ class MMBlip2QFormerModel(MMPreTrainedModel):
             raise ValueError(
                 "this Q-Former has no text (use_text is False): leave input_ids out, or use one that has."
             )
-        if input_ids.ndim != 2 or 0 in input_ids.shape:
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids must be (texts, tokens), but its shape is {tuple(input_ids.shape)}.")
         if attention_mask is not None and not past and attention_mask.shape != input_ids.shape:
             raise ValueError(

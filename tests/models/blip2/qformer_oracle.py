@@ -257,7 +257,9 @@ class Stage1Oracle(nn.Module):
             self.matching_logits(features, ids[drawn_texts], text_mask[drawn_texts]),
         ]
         batch = len(features)
-        kept = torch.ones(3 * batch, dtype=torch.bool) if valid is None else torch.cat([torch.ones(batch).bool(), *valid])
+        kept = (
+            torch.ones(3 * batch, dtype=torch.bool) if valid is None else torch.cat([torch.ones(batch).bool(), *valid])
+        )
         answers = torch.cat(blocks).log_softmax(-1)
         terms = torch.cat([-answers[:batch, 1], -answers[batch:, 0]])
         return terms[kept].mean(), blocks

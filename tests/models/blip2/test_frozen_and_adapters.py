@@ -89,6 +89,9 @@ def test_dropout_of_the_language_model_is_off(name):
     model.language_model.train()  # by hand, which the next forward undoes
     assert torch.equal(model(**batch).loss, model(**batch).loss)
     assert torch.allclose(model(**batch).loss, expected, rtol=1e-6)
+    text = feed(model, [[9, 10, 11]])
+    model.language_model.train()
+    assert torch.equal(model(**text).loss, model(**text).loss)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -182,7 +182,8 @@ def test_what_is_captured(mode):
     kept = torch.cat([torch.ones(3, 3), mask], 1).bool()
     for ours, theirs in zip(out.hidden_states, reference.hidden_states, strict=True):
         assert_close(ours[kept], theirs[kept])
-    for ours, theirs in zip(out.attentions, reference.attentions, strict=True):
+    among_themselves = [each for each in reference.attentions if each.shape[-1] == total]  # others are to the picture
+    for ours, theirs in zip(out.attentions, among_themselves, strict=True):
         assert_close(ours.transpose(1, 2)[kept], theirs.transpose(1, 2)[kept])
     for ours, theirs in zip(out.cross_attentions, reference.cross_attentions, strict=True):
         assert_close(ours, theirs)
@@ -306,7 +307,9 @@ class TestWithoutText:
         whole.save_pretrained(tmp_path)
         bare = MMBlip2QFormerModel.from_pretrained(tmp_path, use_text=False, attn_implementation="eager")
         features = features_of(2)
-        assert torch.equal(bare(features).last_hidden_state, whole(features).last_hidden_state)
+        assert_close(bare(features).last_hidden_state, whole(features).last_hidden_state)
+        for name, value in bare.state_dict().items():
+            assert torch.equal(value, whole.state_dict()[name]), name
 
 
 class TestRefusals:
@@ -336,7 +339,7 @@ def test_opens_by_itself(tmp_path, use_text):
     assert type(opened) is MMBlip2QFormerModel
     assert not any(report.values())
     features = features_of(2, dtype=torch.float32)
-    assert torch.equal(opened(features).last_hidden_state, model(features).last_hidden_state)
+    torch.testing.assert_close(opened(features).last_hidden_state, model(features).last_hidden_state)
     for name, value in model.state_dict().items():
         assert torch.equal(value, opened.state_dict()[name]), name
 

@@ -2,7 +2,6 @@
 
 import math
 import multiprocessing
-import time
 import traceback
 
 import pytest
@@ -346,9 +345,9 @@ class TestRetrieval:
         oracle = Stage1Oracle(model)
         for i in range(3):
             for j, length in enumerate(LENGTHS[:4]):
-                single = model.get_matching_logits(
-                    ids[j : j + 1, :length], None, vision_features=features[i : i + 1]
-                )[0, 0]
+                single = model.get_matching_logits(ids[j : j + 1, :length], None, vision_features=features[i : i + 1])[
+                    0, 0
+                ]
                 torch.testing.assert_close(table[i, j], single, rtol=1e-9, atol=1e-10)
                 reference = oracle.matching_logits(features[i : i + 1], ids[j : j + 1], mask[j : j + 1])[0]
                 torch.testing.assert_close(table[i, j], reference, rtol=1e-9, atol=1e-10)
@@ -374,9 +373,7 @@ class TestRetrieval:
         features, ids, mask = batch.values()
         own = torch.arange(5)
         drawn_pictures, drawn_texts = out.negatives
-        wanted = torch.cat(
-            [torch.stack(each, 1) for each in ((own, own), (drawn_pictures, own), (own, drawn_texts))]
-        )
+        wanted = torch.cat([torch.stack(each, 1) for each in ((own, own), (drawn_pictures, own), (own, drawn_texts))])
         logits = model.get_matching_logits(ids, mask, vision_features=features, pairs=wanted)
         labels = torch.tensor([1] * 5 + [0] * 10)
         loss = nn.functional.cross_entropy(logits, labels)
@@ -526,36 +523,25 @@ def test_two_processes_are_one(two_ranks, scheme):
 def test_it_learns():
     """24 pairs: contrast near the floor that smoothing leaves, every picture finds its text, words get likelier."""
     torch.manual_seed(0)
-    number, words = 24, 8
-    config = blip2_config(
-        {
-            "num_query_tokens": 4,
-            "hidden_size": 48,
-            "num_attention_heads": 4,
-            "intermediate_size": 96,
-            "encoder_hidden_size": 20,
-        },
-        joint_dim=32,
-    )
-    model = MMBlip2ForPreTraining(config).train()
-    ids, mask = texts_of(*(3 + words % 3 + row % 3 for row in range(number)))
+    number = 24
+    wide = {"num_query_tokens": 4, "hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96}
+    model = MMBlip2ForPreTraining(blip2_config(wide, joint_dim=32)).train()
+    ids, mask = texts_of(*(5 + row % 3 for row in range(number)))
     batch = {"vision_features": features_of(number, dtype=torch.float32), "input_ids": ids, "attention_mask": mask}
     trained = [value for value in model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=5e-4, weight_decay=0.0)
-    generator, start = seeded(), time.monotonic()
-    first = None
-    for step in range(400):
-        out = model(**batch, generator=generator)
-        first = first or out.loss_itg.item()
-        optimizer.zero_grad()
-        out.loss.backward()
-        optimizer.step()
-        if step % 20 == 0 and time.monotonic() - start > 60:
-            break
-    out = model.eval()(**batch, generator=generator)
+    optimizer, generator = torch.optim.AdamW(trained, lr=5e-4), seeded()
     wrong = 0.1 / number
     floor = -(0.9 + wrong) * math.log(0.9 + wrong) - (number - 1) * wrong * math.log(wrong)
     assert floor == pytest.approx(0.616, abs=1e-3)
-    assert floor - 1e-6 < out.loss_itc.item() < floor + 0.1
-    assert out.accuracies[:2].tolist() == [1.0, 1.0]
-    assert out.loss_itg.item() < 0.75 * first
+    steps = []
+    while len(steps) < 400 and not (steps and steps[-1].loss_itc < floor + 0.04 and steps[-1].loss_itg < 2.0):
+        steps.append(model(**batch, generator=generator))
+        optimizer.zero_grad()
+        steps[-1].loss.backward()
+        optimizer.step()
+    first, last = steps[0], steps[-1]
+    assert first.loss_itc.item() == pytest.approx(math.log(number), abs=0.1)
+    assert first.loss_itg.item() == pytest.approx(math.log(31), abs=0.1)
+    assert floor < last.loss_itc.item() < floor + 0.04
+    assert last.accuracies[:2].tolist() == [1.0, 1.0]
+    assert last.loss_itg.item() < 2.0

@@ -422,6 +422,11 @@ def test_generate_refuses_it_too(case):
         model.generate(**wrong_calls(model)[case], max_new_tokens=2)
 
 
+def test_new_words_do_not_follow_padding():
+    with pytest.raises(ValueError, match="left"):
+        stage2().generate(**batch_of(PROMPTS, "right"), pixel_values=pictures(3), max_new_tokens=2)
+
+
 def test_arguments_are_not_written_to():
     model = stage2().train()
     batch = {**feed(model, TWO_TEXT_ONE), "pixel_values": pictures(3)}
@@ -601,6 +606,14 @@ def test_a_streamer_gets_every_new_token(name):
     new = row_alone(model, 2, pictures(3).double(), **asked(streamer=streamer))[0].tolist()
     assert [token for part in streamer.parts[1:] for token in part] == new
     assert streamer.ended
+
+
+def test_max_length_counts_the_prompt():
+    model = stage2()
+    batch = {**batch_of(PROMPTS, "left"), "pixel_values": pictures(3)}
+    longest = batch["input_ids"].shape[1] + 4
+    generated = model.generate(**batch, max_length=longest, min_new_tokens=4, do_sample=False)
+    assert torch.equal(generated, model.generate(**batch, **asked(max_new_tokens=4, min_new_tokens=4)))
 
 
 def test_generate_gives_scores_and_sequences_where_asked():
