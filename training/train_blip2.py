@@ -694,7 +694,8 @@ def train(argv: list[str] | None = None) -> Path:
         sets = {name: own.encoded(model, processor, size, model_args.blind) for name, own in sets.items()}
     metrics = evaluate(model_args.stage, model, processor, collator, sets, eval_args, args.per_device_eval_batch_size)
     if trainer.is_world_process_zero():
-        write_results("blip2", trainer, metrics, skipped, data, model_args.model_name_or_path, settings)
+        template = "blip2_stage1" if model_args.stage in QFORMER_STAGES else "blip2"
+        write_results(template, trainer, metrics, skipped, data, model_args.model_name_or_path, settings)
     return output_dir
 
 

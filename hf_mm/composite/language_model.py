@@ -103,15 +103,27 @@ def embed_with_slots(
 
 
 def read_embeds(
-    lm: PreTrainedModel, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **lm_kwargs
+    lm: PreTrainedModel, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **lm_kwargs
 ) -> ModelOutput:
     """What a language model gives of embeddings ``(B, T, D)``, padding ``(B, T)`` on either side.
 
     Places are counted from the first that is no padding, as ``generate`` counts them.
+
+    Raises:
+        ValueError: padding on the left of an encoder that counts its places by itself, as BART's.
     """
-    if not lm.config.is_encoder_decoder and _takes_positions(lm):
+    _check_side(lm, attention_mask)
+    if attention_mask is not None and not lm.config.is_encoder_decoder and _takes_positions(lm):
         lm_kwargs.setdefault("position_ids", _positions(attention_mask))
     return lm(inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **lm_kwargs)
+
+
+def decoder_input_ids_of(lm: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
+    """``(B, T')``: what a decoder reads to predict `labels`."""
+    if hasattr(lm, "prepare_decoder_input_ids_from_labels"):
+        return lm.prepare_decoder_input_ids_from_labels(labels=labels)
+    moved = F.pad(labels[:, :-1], (1, 0), value=lm.config.decoder_start_token_id)
+    return moved.masked_fill(moved == IGNORED, lm.config.pad_token_id)
 
 
 def label_logits(
@@ -143,19 +155,15 @@ def label_logits(
     if lm.config.is_encoder_decoder:
         targets = labels
         if "decoder_input_ids" not in lm_kwargs and "decoder_inputs_embeds" not in lm_kwargs:
-            lm_kwargs["decoder_input_ids"] = _moved_on(lm, labels)
+            lm_kwargs["decoder_input_ids"] = decoder_input_ids_of(lm, labels)
     else:
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        if attention_mask is not None and _takes_positions(lm):
-            lm_kwargs.setdefault("position_ids", _positions(attention_mask))
     labelled = targets != IGNORED
     static = torch.compiler.is_compiling()
     selects = not static and _selects_places(lm)
     if selects:
         lm_kwargs["logits_to_keep"] = labelled
-    logits = lm(
-        inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False, return_dict=True, **lm_kwargs
-    ).logits
+    logits = read_embeds(lm, inputs_embeds, attention_mask, use_cache=False, **lm_kwargs).logits
     if static:
         return logits.flatten(0, 1), targets.flatten()
     return logits if selects else logits[labelled.to(logits.device)], targets[labelled]
@@ -206,7 +214,12 @@ def generate_from_embeds(
 
     Returns:
         As ``lm.generate``: of decoder-only language models the new ids alone, of encoder-decoders ``[start][new]``.
+
+    Raises:
+        ValueError: padding on the right of a decoder-only language model, or on the left of an encoder that counts its
+            places by itself.
     """
+    _check_side(lm, attention_mask, generates=True)
     changed = {}
     given = generate_kwargs.pop("generation_config", None)
     names = ("pad_token_id", "eos_token_id", "repetition_penalty")
@@ -272,12 +285,19 @@ def _check_slots(lm: PreTrainedModel, input_ids: torch.Tensor, slots: torch.Tens
         )
 
 
-def _moved_on(lm: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
-    """``(B, T')``: what a decoder reads to predict `labels`."""
-    if hasattr(lm, "prepare_decoder_input_ids_from_labels"):
-        return lm.prepare_decoder_input_ids_from_labels(labels=labels)
-    moved = F.pad(labels[:, :-1], (1, 0), value=lm.config.decoder_start_token_id)
-    return moved.masked_fill(moved == IGNORED, lm.config.pad_token_id)
+def _check_side(lm: PreTrainedModel, attention_mask: torch.Tensor | None, generates: bool = False) -> None:
+    if attention_mask is None or torch.compiler.is_compiling():
+        return
+    if not lm.config.is_encoder_decoder:
+        if generates and not attention_mask[:, -1].all():
+            raise ValueError(
+                "texts are padded on the right, where new words would follow padding: set padding_side='left'."
+            )
+    elif not hasattr(lm.config, "relative_attention_num_buckets") and not attention_mask[:, 0].all():
+        raise ValueError(
+            f"texts are padded on the left, where {lm.config.model_type} counts padding as places: set "
+            "padding_side='right'."
+        )
 
 
 def _positions(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -27,11 +27,11 @@ def draw_hard_negatives(
     """
     rows, columns = logits.shape
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if gather and is_distributed() else (0, 1)
-    device = logits.device if generator is None else generator.device
-    every = ranks if generator is not None else 1
-    uniform = torch.rand(every * rows, columns, generator=generator, device=device, dtype=torch.float64)
-    if every > 1:
-        uniform = uniform[rank * rows : (rank + 1) * rows]
+    if generator is None:
+        uniform = torch.rand(rows, columns, device=logits.device, dtype=torch.float64)
+    else:
+        uniform = torch.rand(ranks * rows, columns, generator=generator, device=generator.device, dtype=torch.float64)
+        uniform = uniform[rank * rows :][:rows]
     gumbel = -(-uniform.to(logits.device).clamp(min=1e-300).log()).log()
     drawn = (logits.detach().double() + gumbel).masked_fill(same, -torch.inf).argmax(dim=1)
     return drawn, ~same.all(dim=1)

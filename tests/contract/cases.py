@@ -80,6 +80,9 @@ ROWS = {
     13: "compile",
 }
 NO_GENERATION = {8: "it generates nothing"}
+BLIP2_FILES = {
+    10: "its published files have heads of 64, towers and tokenizers beside them: tests/models/blip2 converts such ones"
+}
 
 CAPTIONS = [
     "a red square",
@@ -1178,7 +1181,11 @@ CASES = [
         bad_calls=bad_blip2_pairs(),
         connector="qformer",
         adapted={"pictures": IN_TOWER},
-        reasons={8: "MMBlip2ForQFormerCaptioning speaks in its stead", 9: "no pipeline has three losses"},
+        reasons={
+            8: "MMBlip2ForQFormerCaptioning speaks in its stead",
+            9: "it is opened to be trained: the pipeline of its pictures and texts is that of mm_blip2 retrieval",
+            **BLIP2_FILES,
+        },
     ),
     Case(
         name="mm_blip2 with llama",
@@ -1195,6 +1202,7 @@ CASES = [
         suffixes=ANSWERS,
         connector="qformer",
         adapted={"pictures": IN_TOWER, "words": r".*language_model\..*\.(q_proj|v_proj)"},
+        reasons=BLIP2_FILES,
     ),
     Case(
         name="mm_blip2 with t5",
@@ -1211,6 +1219,7 @@ CASES = [
         suffixes=ANSWERS,
         connector="qformer",
         adapted={"pictures": IN_TOWER, "words": r".*language_model\..*\.(q|v)"},
+        reasons=BLIP2_FILES,
     ),
 ]
 FOLDER = Path(__file__).parent

@@ -31,7 +31,11 @@ def test_overfits_one_batch(case, tmp_path):
     batch, config = case.batch(4), case.config()
     if hasattr(config, "label_smoothing"):  # with which no loss comes near 0
         config.label_smoothing = 0.0
+    if case.speaks:  # a language model that nobody trained says no sentence, so that it trains too, without dropout
+        config.text_config.dropout_rate = config.text_config.attention_dropout = 0.0
     model = case.build(config)
+    if case.speaks:
+        model.language_model.requires_grad_(True)
     if case.frozen_parts:  # a frozen tower that nobody trained hardly tells its pictures apart
         shape = model.vision_features(batch.pop("pixel_values")).shape
         batch["vision_features"] = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -41,7 +45,7 @@ def test_overfits_one_batch(case, tmp_path):
         tmp_path,
         model=model,
         samples=samples,
-        max_steps=40,
+        max_steps=120 if case.model_type == "mm_blip2" else 40,
         optim="adamw_torch",
         learning_rate=5e-3,
         remove_unused_columns=True,
@@ -175,7 +179,7 @@ def test_no_input_is_dropped_and_other_columns_are(case, tmp_path):
         lambda module, args, inputs: received.append(set(inputs)), with_kwargs=True
     )
     trainer.train()
-    assert received == [set(batch)]
+    assert [names - {"generator", "num_items_in_batch"} for names in received] == [set(batch)]
 
 
 @WITH_LABELS

@@ -8,6 +8,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ...composite.language_model import (
+    decoder_input_ids_of,
     embed_with_slots,
     embedding_rms,
     embedding_width,
@@ -223,7 +224,7 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
             if self.config.is_encoder_decoder and decoder_input_ids is None:
                 if labels is None:
                     raise ValueError("an encoder-decoder needs labels or decoder_input_ids, or call generate.")
-                decoder["decoder_input_ids"] = self.language_model.prepare_decoder_input_ids_from_labels(labels)
+                decoder["decoder_input_ids"] = decoder_input_ids_of(self.language_model, labels)
             outputs = read_embeds(self.language_model, inputs_embeds, attention_mask, **decoder, **kwargs)
             if labels is not None:
                 shift = 0 if self.config.is_encoder_decoder else 1
@@ -269,10 +270,6 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
         self._check_shapes(input_ids, attention_mask)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if not self.config.is_encoder_decoder and not attention_mask[:, -1].all():
-            raise ValueError(
-                "texts are padded on the right, where new words would follow padding: set padding_side='left'."
-            )
         _, inputs_embeds = self._embed(
             input_ids,
             pixel_values,

@@ -176,7 +176,7 @@ def test_the_trained_part_is_saved_alone(name, tmp_path):
     assert model.config.base_models["language_model"]["name"] == language_model
     assert torch.equal(again(**batch).logits, model(**batch).logits)
     assert not any(parameter.requires_grad for parameter in again.language_model.parameters())
-    generate = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    generate = {**batch_of(ROWS, "left"), "pixel_values": pictures(2), "do_sample": False}
     assert torch.equal(again.generate(**generate, max_new_tokens=4), model.generate(**generate, max_new_tokens=4))
 
 

@@ -90,7 +90,7 @@ def test_words_come_apart_in_learnt_pieces_and_together_again(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer("SMILING face")["input_ids"][1:-1] == tokenizer("smiling Face")["input_ids"][1:-1]
     assert tokenizer.tokenize("smiling") == ["smiling"]  # six times in the corpus
-    for text in ("smiling faces", "grinning cats with eyes !", "winning"):
+    for text in ("smiling faces", "grinning cats with eyes", "winning"):
         ids = tokenizer(text)["input_ids"]
         assert ids[0] == tokenizer.cls_token_id and ids[-1] == tokenizer.sep_token_id
         assert tokenizer.unk_token_id not in ids
