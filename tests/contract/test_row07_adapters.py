@@ -129,6 +129,16 @@ def assert_same(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
         assert torch.equal(ours[name], value), name
 
 
+def assert_same_outputs(case, ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
+    """Bit-equal; of BLIP-2 but for the last bits of float32."""
+    if not is_blip2(case):
+        assert_same(ours, expected)
+        return
+    assert set(ours) == set(expected)
+    for name, value in expected.items():
+        assert largest_error(ours[name], value) <= 2e-6, name
+
+
 @torch.no_grad()
 def outputs_of(case, model) -> dict[str, torch.Tensor]:
     case.drawing_alike(model.get_base_model() if isinstance(model, PeftModel) else model)
@@ -233,7 +243,7 @@ def test_heads_train_whole_and_are_kept_with_the_adapter(case, tmp_path):
         for name, initial in base.get_submodule(head).named_parameters():
             assert not torch.equal(stored[f"base_model.model.{head}.{name}"], initial), head
     reloaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    assert_same(outputs_of(case, reloaded.eval()), outputs_of(case, model.eval()))
+    assert_same_outputs(case, outputs_of(case, reloaded.eval()), outputs_of(case, model.eval()))
 
 
 @EVERY
@@ -260,8 +270,8 @@ def test_an_adapter_reloads_onto_its_base(case, tmp_path):
     opened = case.auto_class.from_pretrained(tmp_path / "adapter")
     assert type(opened) is case.model_class
     assert not opened.training
-    assert_same(outputs_of(case, wrapped), expected)
-    assert_same(outputs_of(case, opened), expected)
+    assert_same_outputs(case, outputs_of(case, wrapped), expected)
+    assert_same_outputs(case, outputs_of(case, opened), expected)
 
 
 @EVERY

@@ -70,7 +70,10 @@ def test_one_commit_holds_all_the_folder_does(case, pushed):
 def test_with_hf_mm_its_own_classes_are_opened_and_no_trust_is_asked(case, pushed):
     name = name_of(case)
     assert_same_answers(pushed["with"][name], pushed["saved"][name])
-    assert all(own.startswith("hf_mm.models.") for own in pushed["with"][name]["classes"].values())
+    classes = dict(pushed["with"][name]["classes"])
+    if case.model_type == "mm_blip2":  # whose tokenizers are those of other models
+        classes.pop("AutoTokenizer", None)
+    assert all(own.startswith("hf_mm.models.") for own in classes.values())
 
 
 @COMPOSITES

@@ -91,6 +91,7 @@ def test_one_graph_serves_every_batch_size(case):
     model = case.build(seeded=False)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     with torch.no_grad():
+        model(**case.batch(2))  # see the towers above, of a tower's layer that is not the last
         for number in (2, 3, 5):
             batch = case.batch(number)
             assert_equal(case.read(called(compiled, batch), batch), case.read(called(model, batch), batch))

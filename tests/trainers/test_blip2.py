@@ -119,6 +119,28 @@ def test_the_log_names_the_three_losses_the_accuracies_and_the_temperature(tmp_p
     assert entry["temperature"] == pytest.approx(0.07)
 
 
+def test_hard_negatives_are_a_function_of_seed_and_step(tmp_path):
+    """Whatever torch's own generator says; another step or seed draws others."""
+    trainer = trainer_of(stage1(), tmp_path)
+    batch = STAGE1([Pairs()[i] for i in range(16)])
+    model = trainer.model.train()
+
+    def drawn(step: int, own_seed: int) -> list[int]:
+        torch.manual_seed(own_seed)
+        trainer.state.global_step = step
+        _, outputs = trainer.compute_loss(model, batch, return_outputs=True)
+        return torch.cat(outputs.negatives).tolist()
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert drawn(3, 0) == drawn(3, 1) != drawn(4, 0)
+    trainer.args.seed += 1
+    other = drawn(3, 0)
+    trainer.args.seed -= 1
+    assert other != drawn(3, 0)
+
+
 def test_frozen_parts_stay_and_matrices_alone_decay(tmp_path):
     """The temperature, of one dimension, is in no group that decays."""
     trainer = trainer_of(stage1(), tmp_path, weight_decay=0.3)

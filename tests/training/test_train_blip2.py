@@ -4,13 +4,16 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -332,6 +335,51 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
     assert metrics[0] == metrics[1]
 
 
+def train_on_one_rank(rank: int, port: int, folder: Path, *arguments) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train(*arguments)
+    except Exception:
+        (folder / f"{rank}.error").write_text(traceback.format_exc())
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_two_processes_equal_one(tmp_path, recipe, clip, root, llama, stage):
+    """The draw of hard negatives too, and captions of unequal length, all of whose tokens weigh alike.
+
+    Plain gradient descent: Adam would blow up the rounding of gradients that are zero in exact arithmetic.
+    """
+    config = json.dumps({**QFORMER, "dropout": 0.0, "attention_dropout": 0.0})
+    start = [*new_stage1(clip), "--qformer_config", config]
+    if stage == "stage2":
+        if not (root / "plain").is_dir():
+            train(recipe, root / "plain", *start, "--max_steps", 1)
+        start = ["--stage", "stage2", "--model_name_or_path", root / "plain", "--language_model", llama]
+    plain = [*start, "--optim", "sgd", "--learning_rate", 0.05]
+    one = train(recipe, tmp_path / "one", *plain)
+    halves = (tmp_path, recipe, tmp_path / "two", *plain, "--per_device_train_batch_size", 2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [FORK.Process(target=train_on_one_rank, args=(rank, port, *halves)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        process.kill()
+    assert [path.read_text() for path in tmp_path.glob("*.error")] == []
+    single, double = tensors_of(one), tensors_of(tmp_path / "two")
+    for name, tensor in single.items():
+        torch.testing.assert_close(
+            double[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    before = tensors_of(root / "plain" if stage == "stage2" else clip)
+    moved = "qformer.embeddings.query_tokens"
+    assert moved not in before or not torch.equal(before[moved], single[moved])
+
+
 def test_cached_features_and_live_pictures_train_alike(tmp_path, recipe, stage1, llama):
     """Views as they are, and the same words for each draw; the broken picture is held out of both."""
     arguments = ["--stage", "stage2", "--model_name_or_path", stage1, "--language_model", llama, "--max_steps", 3]
@@ -416,6 +464,44 @@ def test_an_encoder_decoder_learns_to_go_on_from_a_prefix(tmp_path, recipe, stag
         assert prefixes == ["a"] * 4  # of "a red square", one word of three
         suffixes = tokenizer.batch_decode(batch["labels"].clamp(min=2), skip_special_tokens=True)
         assert all(len(suffix.split()) == 2 and suffix.split()[0] in COLOURS for suffix in suffixes)
+
+
+def test_a_run_at_another_size_resizes_the_tower_once(tmp_path, recipe, stage1, pictures, batches):
+    arguments = ["--stage", "retrieval", "--model_name_or_path", stage1, "--image_size", 32, "--max_steps", 1]
+    larger = train(recipe, tmp_path / "run", *arguments, "--cache_features", "false", "--freeze_vision", "false")
+    assert batches[0]["pixel_values"].shape[-2:] == (32, 32)
+    table = "vision_tower.embeddings.position_embedding.weight"
+    before, after = tensors_of(stage1)[table], tensors_of(larger)[table]
+    assert (before.shape, after.shape) == ((5, 16), (17, 16))
+    model, processor = AutoModelForPreTraining.from_pretrained(larger), AutoProcessor.from_pretrained(larger)
+    pixels = processor(images=str(pictures / "0.png"))["pixel_values"]
+    assert model.vision_features(pixels).shape == (1, 17, 16)
+
+
+@pytest.mark.parametrize("cached", ["true", "false"])
+def test_a_caption_without_a_word_is_left_out_and_told(tmp_path, recipe, stage1, llama, pictures, cached):
+    lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()[:12]]
+    rows = [
+        {**row, "file_name": str(pictures / row["file_name"]), "image_id": f"row of {row['file_name']}"}
+        for row in lines
+    ]
+    rows[5]["caption"] = "... !"
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--stage", "stage2", "--model_name_or_path", stage1, "--language_model", llama, "--max_steps", 4]
+    arguments += ["--source", tmp_path / "mine.jsonl", "--validation_fraction", 0, "--cache_features", cached]
+    data = results_of(train(recipe, tmp_path / "run", *arguments))["data"]
+    assert data["skipped"] == {"row of 5.png": "a caption of it has no word"} and data["pictures"] == 11
+
+
+@pytest.mark.parametrize("name", sorted(file.name for file in (ROOT / "training/recipes").glob("blip2_*.yaml")))
+def test_recipes_say_what_can_be(name):
+    flags = ["--use_cpu", "true", "--fp16", "false", "--bf16", "false"]
+    parsed = train_blip2.parse_recipe(train_blip2.ARGUMENTS, [str(ROOT / "training/recipes" / name), *flags])
+    model_args, data_args, _, feature_args, augment_args, _, args = parsed
+    train_blip2.check(model_args, data_args, feature_args, augment_args)
+    assert args.output_dir == f"outputs/{name.removesuffix('.yaml')}"
+    assert (model_args.vision_tower is None) == (model_args.stage != "stage1")
+    assert (data_args.source == "emoji") == ("emoji" in name or "smoke" in name)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,20 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    ResNetConfig,
+    ResNetModel,
+)
 
+import hf_mm  # noqa: F401  registers the towers
 from hf_mm.models.blip2.configuration_blip2 import MMBlip2QFormerConfig
-from hf_mm.models.blip2.initialization_blip2 import init_from_bert, learn_wordpiece
+from hf_mm.models.blip2.initialization_blip2 import init_from_bert, learn_wordpiece, resize_tower
 from hf_mm.models.blip2.modeling_qformer import MMBlip2QFormerModel, QFormerLMHead
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -80,6 +90,24 @@ def test_another_shape_is_refused(fields, sentence):
     qformer = MMBlip2QFormerModel(MMBlip2QFormerConfig(**SHAPE | fields, **IDS, vocab_size=31, encoder_hidden_size=8))
     with pytest.raises(ValueError, match=sentence):
         init_from_bert(qformer, None, pair()[2])
+
+
+@pytest.mark.parametrize("kind", ["mm_vit", "eva_vit", "mm_clip_vision"])
+@torch.no_grad()
+def test_a_resized_tower_sees_what_it_saw_by_interpolation(kind):
+    shape = {**SHAPE, "image_size": 16, "patch_size": 4}
+    torch.manual_seed(0)
+    tower = AutoModel.from_config(AutoConfig.for_model(kind, **shape)).eval()
+    pixels = torch.randn(2, 3, 24, 24)
+    before = tower(pixels, interpolate_pos_encoding=True).last_hidden_state
+    resize_tower(tower.requires_grad_(False), 24)
+    torch.testing.assert_close(tower(pixels).last_hidden_state, before)
+    assert not any(parameter.requires_grad for parameter in tower.parameters())
+
+
+def test_a_tower_without_positions_cannot_be_resized():
+    with pytest.raises(ValueError, match="resnet has no table of positions"):
+        resize_tower(ResNetModel(ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1])), 32)
 
 
 CORPUS = ["Smiling face", "smiling cat", "grinning face with smiling eyes", "Frowning face!"] * 2
