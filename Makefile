@@ -8,7 +8,7 @@ PEERS_STAMP := $(PEERS)/.installed
 WORKERS ?= auto
 TORCHVISION_TESTS := tests/test_image_utils.py tests/models/clip/test_image_processing_clip.py tests/models/vit/test_image_processing_vit.py
 
-.PHONY: demo demo-smoke demo-seeds demo-pic2word demo-pic2word-smoke language-model test test-peers mutants bench lint format clean
+.PHONY: demo demo-smoke demo-seeds demo-pic2word demo-pic2word-smoke language-model test coverage test-peers mutants bench lint format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.11 ...' if sys.version_info < (3, 11) else 0)"
@@ -50,6 +50,9 @@ language-model: $(STAMP)
 
 # One thread a worker: the workers already fill the cores.
 test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu and not slow"
+
+coverage: $(STAMP)
 	$(BIN)/coverage erase
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n $(WORKERS) -m "not gpu and not slow"
 	$(BIN)/coverage combine --quiet

@@ -37,6 +37,7 @@ from train_clip import CAPTIONS_FOR_VOCABULARY, MAX_HELD_OUT, Data, write_result
 from train_pic2word import FEATURES, FeatureArguments, Views
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForMaskedLM,
     AutoProcessor,
     AutoTokenizer,
@@ -61,18 +62,19 @@ from hf_mm.data.collators import (
 )
 from hf_mm.data.emoji import load_emoji
 from hf_mm.data.features import FeatureRows, compute_features, feature_spec, row_keys, view_key
-from hf_mm.data.image_text import DataArguments, ImageText, any_caption, no_text
+from hf_mm.data.image_text import DataArguments, ImageText, ImageTextRows, any_caption, no_text
 from hf_mm.data.sampling import GroupBatchSampler
 from hf_mm.evaluation.captioning import coco_scorers, evaluate_captioning
 from hf_mm.evaluation.embeddings import inference
 from hf_mm.evaluation.image_text_matching import evaluate_image_text_matching
 from hf_mm.evaluation.picture_gap import CaptionNLL, evaluate_picture_gap, other_rows
 from hf_mm.evaluation.vqa import evaluate_vqa
-from hf_mm.models.blip2.initialization_blip2 import DEC, init_from_bert, learn_wordpiece
+from hf_mm.models.blip2.initialization_blip2 import DEC, init_from_bert, learn_wordpiece, resize_tower
 from hf_mm.models.blip2.modeling_blip2 import MMBlip2ForConditionalGeneration
-from hf_mm.models.blip2.modeling_blip2_base import AnyVisionTower, MMBlip2PreTrainedModel
+from hf_mm.models.blip2.modeling_blip2_base import MMBlip2PreTrainedModel
 from hf_mm.models.blip2.modeling_blip2_stage1 import MMBlip2ForPreTraining
 from hf_mm.models.blip2.processing_blip2 import MMBlip2Processor
+from hf_mm.models.blip2.text_blip2 import clean_caption
 from hf_mm.trainers.blip2 import Blip2Trainer, Blip2TrainingArguments, WordWarmup
 from hf_mm.trainers.callbacks import LiveProgress
 from hf_mm.trainers.checkpointing import latest_checkpoint
@@ -148,6 +150,12 @@ class ModelArguments:
             "help": "Of vqa: a stage 1 whose text half, which stage 2 dropped, lets questions enter the Q-Former."
         },
     )
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pixels a side, where these are not the tower's own: its table of positions is resized, once."
+        },
+    )
     freeze_vision: bool = field(default=True, metadata={"help": "Whether the vision tower stays as it is."})
     frozen_dtype: str = field(
         default="float32", metadata={"help": "Of the frozen parts: float32, bfloat16 or float16."}
@@ -204,6 +212,12 @@ class EvaluationArguments:
         return settings
 
 
+ARGUMENTS = (
+    *(ModelArguments, DataArguments, TextArguments, FeatureArguments, AugmentArguments, EvaluationArguments),
+    Blip2TrainingArguments,
+)
+
+
 @dataclass
 class Captions(Data):
     """A source whose texts are captions, or answers to questions."""
@@ -222,6 +236,27 @@ class Captions(Data):
     def corpus(self) -> Iterable[str]:
         is_own = self.described or self.train is None
         return super().corpus() if is_own else islice(self.train.texts(), CAPTIONS_FOR_VOCABULARY)
+
+    def without_blank(self) -> tuple[Captions, dict[str, str]]:
+        """The training rows whose captions all have words, and why others are left out.
+
+        A caption in which there is no word cannot be learnt. (Rows without a caption are told of when they are read, and
+        so are those of a stream.)
+        """
+        if self.train is None:
+            return self, {}
+        columns, light = self.train.columns, self.train.dataset.remove_columns([self.train.columns.image])
+        kept, skipped = [], {}
+        for place, (number, row) in enumerate(zip(self.train.numbers, light, strict=True)):
+            captions = columns.captions(row)
+            if captions and not all(map(clean_caption, captions)):
+                skipped[columns.image_id(row, number)] = "a caption of it has no word"
+            else:
+                kept.append(place)
+        if not skipped:
+            return self, {}
+        numbers = [self.train.numbers[place] for place in kept]
+        return replace(self, train=ImageTextRows(self.train.dataset.select(kept), columns, numbers)), skipped
 
     def draws(self, image_processor, args: Blip2TrainingArguments):
         dataset, sampler = super().draws(image_processor, args)
@@ -243,6 +278,11 @@ def build(args: ModelArguments, data: Captions) -> tuple[MMBlip2PreTrainedModel,
     else:
         model, processor = build_stage2(args)
         model.language_model.to(getattr(torch, args.frozen_dtype))
+        if processor.eos is not None:
+            model.generation_config.eos_token_id = processor.eos_token_id
+    if args.image_size:
+        resize_tower(model.vision_tower, args.image_size)
+        processor.image_processor = at_size(processor.image_processor, args.image_size)
     if args.freeze_vision:
         model.vision_tower.to(getattr(torch, args.frozen_dtype))
     else:
@@ -258,7 +298,7 @@ def build_stage1(args: ModelArguments, data: Captions) -> tuple[MMBlip2ForPreTra
     tokens = ("pad", "cls", "sep", "bos")
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in tokens}
     model = MMBlip2ForPreTraining.from_vision_pretrained(
-        AnyVisionTower.from_pretrained(args.vision_tower, dtype=torch.float32),
+        AutoModel.from_pretrained(args.vision_tower, dtype=torch.float32),
         qformer_config={**args.qformer_config, "vocab_size": len(tokenizer), **ids},
         vision_feature_layer=args.vision_feature_layer,
         joint_dim=args.joint_dim,
@@ -345,6 +385,16 @@ def read_questions(
     whole.language_projection = model.language_projection
     whole.qformer.load_state_dict(whole.qformer.state_dict() | model.qformer.state_dict())
     return whole, processor.tokenizer
+
+
+def at_size(image_processor: Any, image_size: int) -> Any:
+    """An image processor that gives pictures of another size."""
+    settings = image_processor.to_dict()
+    square = {"height": image_size, "width": image_size}
+    side = {"shortest_edge": image_size}
+    size = side if "shortest_edge" in settings["size"] else square
+    crop = {"crop_size": square} if settings.get("crop_size") else {}
+    return type(image_processor).from_dict({**settings, "size": size, **crop})
 
 
 def open_blip2(model_class: type, name: str) -> tuple[Any, MMBlip2Processor]:
@@ -635,18 +685,7 @@ def check(model_args: ModelArguments, data_args: DataArguments, feature_args: Fe
 
 def train(argv: list[str] | None = None) -> Path:
     """Runs a recipe to its end, or finds that it has been run. Returns the folder of the trained model."""
-    model_args, data_args, text_args, feature_args, augment_args, eval_args, args = parse_recipe(
-        (
-            ModelArguments,
-            DataArguments,
-            TextArguments,
-            FeatureArguments,
-            AugmentArguments,
-            EvaluationArguments,
-            Blip2TrainingArguments,
-        ),
-        argv,
-    )
+    model_args, data_args, text_args, feature_args, augment_args, eval_args, args = parse_recipe(ARGUMENTS, argv)
     check(model_args, data_args, feature_args, augment_args)
     if model_args.stage in ("stage2", "captioning"):
         coco_scorers()
@@ -663,6 +702,9 @@ def train(argv: list[str] | None = None) -> Path:
     set_seed(args.seed)
     question_column = text_args.question_column if model_args.stage == "vqa" else None
     data = replace(Captions.open(data_args), described=text_args.described, question_column=question_column)
+    blank = {}
+    if model_args.stage in ("words", "stage2", "captioning"):
+        data, blank = data.without_blank()
     model, processor = build(model_args, data)
     model.to(args.device)
     collator = collator_of(model_args, processor, data, ImageAugmentation(augment_args))
@@ -687,7 +729,7 @@ def train(argv: list[str] | None = None) -> Path:
         trainer.model = model.warmed_up()
     trainer.save_whole_model(output_dir)
 
-    skipped = trainer.gather_skipped() | unreadable
+    skipped = trainer.gather_skipped() | unreadable | blank
     sets = test_sets(data, processor, skipped, eval_args.eval_pictures)
     if feature_args.cache_features:
         size = feature_args.features_batch_size

@@ -1,5 +1,6 @@
 """What every model with frozen parts is."""
 
+import copy
 import json
 import os
 import tempfile
@@ -8,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from ..nn.pretrained import MMPreTrainedModel
 from .fingerprint import fingerprint
@@ -29,11 +30,13 @@ class MMCompositeModel(MMPreTrainedModel):
         frozen_parts: the parts that begin frozen, each a `PreTrainedModel` that ``__init__`` takes by its name, with the
             AutoClass that opens one. The composite's `base_models` says where each came from:
             ``{part: {"name": folder or Hub id, "revision": commit or None}}``.
+        unquantized: modules that ``quantization_config`` leaves as they are beside a `language_model`.
         part_configs: what the config calls a part's config where that is not ``<part>_config``.
     """
 
     frozen_parts: dict[str, type] = {}
     part_configs: dict[str, str] = {}
+    unquantized: tuple[str, ...] = ()
 
     def post_init(self):
         super().post_init()
@@ -50,12 +53,42 @@ class MMCompositeModel(MMPreTrainedModel):
         return part
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """See `transformers.PreTrainedModel.from_pretrained`, which makes every parameter trainable."""
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, quantization_config=None, **kwargs):
+        """See `transformers.PreTrainedModel.from_pretrained`, which makes every parameter trainable.
+
+        Of a model with a language model, only that is quantised, its head excepted, unless the `quantization_config` has a
+        list of its own (`llm_int8_skip_modules`).
+        """
+        if quantization_config is not None:
+            kwargs["quantization_config"] = cls._for_language_model(quantization_config)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
         model._freeze_parts()
         return loaded
+
+    @classmethod
+    def _for_language_model(cls, quantization_config):
+        if (
+            "language_model" not in cls.frozen_parts
+            or getattr(quantization_config, "llm_int8_skip_modules", ()) is not None
+        ):
+            return quantization_config
+        quantization_config = copy.deepcopy(quantization_config)
+        quantization_config.llm_int8_skip_modules = [*cls.unquantized, "lm_head"]
+        return quantization_config
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """See `transformers.PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: a frozen part is quantised, which the saved folder could not tell from the others.
+        """
+        for name, part in self._parts():
+            if getattr(part, "is_quantized", False) and not getattr(self, "is_quantized", False):
+                raise ValueError(
+                    f"{name} is quantised: use save_trained_part, or save its adapters with PEFT, over the same {name}."
+                )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def _freeze_parts(self) -> None:
         for _, part in self._parts():
@@ -101,6 +134,8 @@ class MMCompositeModel(MMPreTrainedModel):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".incomplete-") as aside:
             aside = Path(aside)
             self.config.save_pretrained(aside)
+            if self.can_generate():
+                self.generation_config.save_pretrained(aside)
             (aside / BASE_MODELS).write_text(json.dumps(bases, indent=2))
             trained = {name: tensor.contiguous() for name, tensor in self._trained_state().items()}
             save_file(trained, aside / TRAINED_PART, metadata={"format": "pt"})
@@ -144,6 +179,8 @@ class MMCompositeModel(MMPreTrainedModel):
             )
         model.load_state_dict(trained, strict=False, assign=True)
         model.tie_weights()
+        if cached_file(folder, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         return (model if dtype is None else model.to(dtype)).eval()
 
     @classmethod

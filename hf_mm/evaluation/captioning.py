@@ -152,6 +152,8 @@ def generate_texts(
     side = "right" if encoder_decoder else "left"
     options = {"padding": True, "padding_side": side, "return_tensors": "pt", **(processor_kwargs or {})}
     has_slots = getattr(processor, "num_query_tokens", 1) is not None  # a Q-Former alone has none in its text
+    if not has_slots:
+        options.setdefault("mode", "generation")
     if "eos_token_id" not in generate_kwargs and (end := _end_of(processor)) is not None:
         generate_kwargs["eos_token_id"] = end
     ends = torch.tensor(generate_kwargs.get("eos_token_id", [])).flatten().tolist()

@@ -21,6 +21,8 @@ EMOJI_NAME = "Emoji by four artists"
 PIPELINE_TAGS = {  # by template; the Hub has none for composed retrieval
     "clip": "zero-shot-image-classification",
     "pic2word": "image-feature-extraction",
+    "blip2_stage1": "zero-shot-image-classification",
+    "blip2": "image-text-to-text",
 }
 RECALLS = {
     f"{prefix}r{k}": (f"recall_at_{k}", f"{name} R@{k}")

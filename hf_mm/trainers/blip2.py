@@ -13,9 +13,10 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..composite.language_model import embed_tokens
+from ..data.image_text import stable_id
 from ..losses.words import word_loss
 from ..models.blip2.modeling_blip2 import MMBlip2ForConditionalGeneration
-from ..models.blip2.modeling_blip2_stage1 import ACCURACIES
+from ..models.blip2.modeling_blip2_stage1 import ACCURACIES, MMBlip2ForImageTextRetrieval
 from .picture import PictureTrainer, PictureTrainingArguments
 
 PARTS = ("loss_itc", "loss_itm", "loss_itg", "accuracy")
@@ -43,9 +44,16 @@ class Blip2TrainingArguments(PictureTrainingArguments):
 class Blip2Trainer(PictureTrainer):
     """A Trainer for all models of BLIP-2.
 
-    What it adds to `PictureTrainer`: the parts of the loss, the accuracies and the temperature in the log, and
-    ``layer_decay`` (Li et al. 2023, appendix; the released code writes it down and does not apply it).
+    What it adds to `PictureTrainer`: the parts of the loss, the accuracies and the temperature in the log, hard negatives
+    that are a function of seed and step alone, and ``layer_decay`` (Li et al. 2023, appendix; the released code writes it down and does not apply it).
     """
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """See `PictureTrainer.compute_loss`. Hard negatives are drawn alike on one process and on many, step by step."""
+        if model.training and isinstance(self.accelerator.unwrap_model(model), MMBlip2ForImageTextRetrieval):
+            draw = torch.Generator().manual_seed(stable_id(f"{self.args.seed}/{self.state.global_step}"))
+            inputs = {**inputs, "generator": draw}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def parts_of(self, outputs: ModelOutput) -> dict[str, torch.Tensor]:
         parts = {name: outputs[name] for name in PARTS if outputs.get(name) is not None}

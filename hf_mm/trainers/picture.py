@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -60,7 +61,7 @@ class PictureTrainer(AtomicCheckpoints, Trainer):
         self.train_batch_sampler = train_batch_sampler
         self.record = RunRecord()
         self._sums: dict[str, torch.Tensor] = {}
-        self._num_sums = 0
+        self._counts: dict[str, torch.Tensor] = {}
         self.add_callback(self.record)
 
     def get_decay_parameter_names(self, model) -> list[str]:
@@ -112,13 +113,19 @@ class PictureTrainer(AtomicCheckpoints, Trainer):
 
     def _record(self, **parts: torch.Tensor) -> None:
         for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
-        self._num_sums += 1
+            value = value.detach()
+            self._sums[name] = self._sums.get(name, 0.0) + value.nan_to_num(
+                nan=0.0, posinf=torch.inf, neginf=-torch.inf
+            )
+            self._counts[name] = self._counts.get(name, 0) + ~value.isnan()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """See `transformers.Trainer.log`; an average leaves out the steps that had nothing to measure, which is NaN."""
         if "loss" in logs:
-            logs |= {name: round(float(total) / self._num_sums, 4) for name, total in self._sums.items()}
-            self._sums, self._num_sums = {}, 0
+            counts = {name: int(count) for name, count in self._counts.items()}
+            averages = {name: float(self._sums[name]) / count if count else math.nan for name, count in counts.items()}
+            logs |= {name: round(average, 4) for name, average in averages.items()}
+            self._sums, self._counts = {}, {}
             logs |= self.state_of_model()
         super().log(logs, start_time)
 

@@ -1,6 +1,7 @@
 """The trainer of BLIP-2: what it optimises at which rate, what it logs, and the word warm-up."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -117,6 +118,17 @@ def test_the_log_names_the_three_losses_the_accuracies_and_the_temperature(tmp_p
         assert entry[f"accuracy_{name}"] == pytest.approx(mean, abs=1e-4)
     assert entry["loss"] == pytest.approx(entry["loss_itc"] + entry["loss_itm"] + entry["loss_itg"], abs=1e-3)
     assert entry["temperature"] == pytest.approx(0.07)
+
+
+def test_averages_leave_out_what_could_not_be_measured(tmp_path):
+    trainer = trainer_of(stage1(), tmp_path)
+    for some, none, broken in ((1.0, torch.nan, 1.0), (torch.nan, torch.nan, torch.inf), (2.0, torch.nan, 1.0)):
+        trainer._record(some=torch.tensor(some), none=torch.tensor(none), broken=torch.tensor(broken))
+    trainer.log(logs := {"loss": 1.0})
+    assert logs["some"] == 1.5 and math.isnan(logs["none"]) and logs["broken"] == math.inf
+    trainer._record(some=torch.tensor(4.0))
+    trainer.log(logs := {"loss": 1.0})
+    assert logs["some"] == 4.0 and "none" not in logs
 
 
 def test_hard_negatives_are_a_function_of_seed_and_step(tmp_path):

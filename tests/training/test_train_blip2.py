@@ -282,6 +282,8 @@ def test_stage2_learns_captions_and_writes_them(stage2, words, pictures, batches
     model = AutoModelForImageTextToText.from_pretrained(stage2).eval()
     processor = AutoProcessor.from_pretrained(stage2)
     assert processor.prompt == ":" and processor.eos == "."
+    ends = model.generation_config.eos_token_id
+    assert processor.eos_token_id in (ends if isinstance(ends, list) else [ends])
     inputs = processor(images=str(pictures / "0.png"))
     ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert isinstance(processor.decode(ids[0], input_ids=inputs["input_ids"]), str)

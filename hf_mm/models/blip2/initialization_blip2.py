@@ -1,4 +1,5 @@
-"""What a new Q-Former starts from: BERT's weights (Li et al. 2023, section 3.1), or a vocabulary of its own."""
+"""What a Q-Former starts from: BERT's weights (Li et al. 2023, section 3.1), a vocabulary of its own, and a tower for pictures
+of another size."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -8,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from ...nn.positions import resize_position_table
 from .modeling_qformer import MMBlip2QFormerModel, QFormerLMHead
 
 DEC = "[DEC]"  # begins a text that is to be said
@@ -21,6 +23,7 @@ SPECIAL_TOKENS = {
 }
 INNER = 0xF0000  # a private plane of Unicode, for characters that begin no word
 MAX_ALPHABET = 1000
+POSITIONS = (".position_embeddings", ".position_embedding.weight")
 ATTENTION = {"q_proj": "self.query", "k_proj": "self.key", "v_proj": "self.value", "out_proj": "output.dense"}
 
 
@@ -62,6 +65,30 @@ def init_from_bert(qformer: MMBlip2QFormerModel, lm_head: QFormerLMHead | None, 
         _copy(lm_head.layer_norm, head.transform.LayerNorm)
         bias = head.bias if hasattr(head, "bias") else head.decoder.bias
         lm_head.decoder.bias[: bias.shape[0]] = bias
+
+
+@torch.no_grad()
+def resize_tower(tower: PreTrainedModel, image_size: int) -> None:
+    """Fits a vision tower to pictures of another size, once, as the published fine-tuning does (section 4).
+
+    Raises:
+        ValueError: it has no table of positions on a grid that this knows.
+    """
+    config = tower.config
+    tables = [name for name, _ in tower.named_parameters() if name.endswith(POSITIONS)]
+    if len(tables) != 1 or not hasattr(config, "grid_size"):
+        raise ValueError(f"{config.model_type} has no table of positions that can be resized: leave image_size out.")
+    table, before = tower.get_parameter(tables[0]), config.grid_size
+    config.image_size = image_size
+    rows = table.reshape(-1, table.shape[-1])
+    prefix = rows.shape[0] - before[0] * before[1]
+    interpolation = getattr(config, "pos_embed_interpolation", "bicubic")
+    rows = resize_position_table(rows, before, config.grid_size, interpolation, prefix).clone()
+    owner = tower.get_submodule(tables[0].rpartition(".")[0])
+    if isinstance(owner, nn.Embedding):
+        owner.num_embeddings = rows.shape[0]
+    resized = nn.Parameter(rows.view(*table.shape[:-2], *rows.shape), requires_grad=table.requires_grad)
+    setattr(owner, tables[0].rpartition(".")[2], resized)
 
 
 def learn_wordpiece(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -141,4 +168,4 @@ def _copy(module: nn.Module, given: nn.Module) -> None:
         parameter.copy_(given.get_parameter(name))
 
 
-__all__ = ["init_from_bert", "learn_wordpiece"]
+__all__ = ["init_from_bert", "learn_wordpiece", "resize_tower"]

@@ -1,5 +1,7 @@
 """Stage 2 of BLIP-2: a picture's queries as soft tokens of a frozen language model (Li et al. 2023, section 3.3)."""
 
+import copy
+
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -36,6 +38,7 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
     """Stage 2: the Q-Former's queries become soft tokens of a frozen language model (section 3.3)."""
 
     frozen_parts = {"vision_tower": AnyVisionTower, "language_model": AnyLanguageModel}
+    unquantized = ("vision_tower", "vision_norm", "qformer", "language_projection")
     accepts_loss_kwargs = True
 
     def __init__(
@@ -50,7 +53,7 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
         self.language_model = self._part_or_new("language_model", language_model)
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, embedding_width(self.language_model))
         self.post_init()
-        self.generation_config = self.language_model.generation_config
+        self.generation_config = copy.deepcopy(self.language_model.generation_config)
 
     @classmethod
     def from_vision_language_pretrained(
@@ -88,7 +91,11 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_stage1(
-        cls, stage1: str | MMBlip2PreTrainedModel, language_model: str | PreTrainedModel, use_text: bool = False
+        cls,
+        stage1: str | MMBlip2PreTrainedModel,
+        language_model: str | PreTrainedModel,
+        use_text: bool = False,
+        **fields,
     ) -> "MMBlip2ForConditionalGeneration":
         """Goes on from stage 1: its tower, LayerNorm and Q-Former, before a language model.
 
@@ -96,6 +103,9 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
             stage1: folder or Hub id of an `MMBlip2ForPreTraining`, or the model itself.
             language_model: see `from_vision_language_pretrained`.
             use_text: keep the Q-Former's text, so that a question can enter it.
+            **fields: of `MMBlip2Config`.
+
+        The tower is shared with a model that was handed over, and the language model is the one handed over, frozen.
         """
         if not isinstance(stage1, PreTrainedModel):
             stage1 = MMBlip2ForPreTraining.from_pretrained(stage1)
@@ -107,6 +117,7 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
             vision_feature_layer=config.vision_feature_layer,
             vision_class_token=config.vision_class_token,
             vision_norm_eps=config.vision_norm_eps,
+            **fields,
         )
         model.config.base_models["vision_tower"] = (config.base_models or {}).get(
             "vision_tower", model.config.base_models["vision_tower"]
@@ -200,6 +211,9 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
         """
         self.hold_frozen_parts()
         self._check_shapes(input_ids, attention_mask, labels)
+        if kwargs.get("cache") is not None:
+            raise ValueError("this model reads pictures and text at once and takes no cache: call generate.")
+        kwargs.setdefault("use_cache", False)
         recorded = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
         images, inputs_embeds = self._embed(
             input_ids,
@@ -216,6 +230,7 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
         decoder = {name: value for name, value in decoder.items() if value is not None}
         loss = outputs = None
         if labels is not None and self.training:
+            kwargs.pop("use_cache")
             label_scores, targets = label_logits(
                 self.language_model, inputs_embeds, attention_mask, labels, **decoder, **kwargs
             )
@@ -329,7 +344,10 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
             if images is None
             else images.pooler_output
         )
-        return images, embed_with_slots(self.language_model, input_ids, slots, soft_tokens)
+        inputs_embeds = embed_with_slots(self.language_model, input_ids, slots, soft_tokens)
+        if self.training and images is None:  # every rank needs a gradient for every parameter
+            inputs_embeds = inputs_embeds + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
+        return images, inputs_embeds
 
     def _check_shapes(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, labels: torch.Tensor | None = None

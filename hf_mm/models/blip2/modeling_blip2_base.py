@@ -127,6 +127,15 @@ class MMBlip2PreTrainedModel(MMCompositeModel):
         interpolate_pos_encoding: bool = False,
     ) -> torch.Tensor:
         """``(M, N, E)``: the tower's features, normed."""
+        return self.vision_norm(self._features(pixel_values, vision_features, interpolate_pos_encoding))
+
+    def _features(
+        self,
+        pixel_values: torch.Tensor | None,
+        vision_features: torch.Tensor | None,
+        interpolate_pos_encoding: bool,
+    ) -> torch.Tensor:
+        """``(M, N, E)``: the tower's features of pixels, or those that were given."""
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("give either pixel_values or vision_features, not both and not neither.")
         if vision_features is None:
@@ -142,7 +151,7 @@ class MMBlip2PreTrainedModel(MMCompositeModel):
                 f"vision_features must be (pictures, tokens, {width}), not {tuple(vision_features.shape)}: compute them "
                 "with vision_features() of this model."
             )
-        return self.vision_norm(vision_features)
+        return vision_features
 
 
 class MMBlip2Model(MMBlip2PreTrainedModel):
@@ -179,8 +188,10 @@ class MMBlip2Model(MMBlip2PreTrainedModel):
 def opened(auto: type, source: str | PreTrainedModel) -> tuple[PreTrainedModel, dict]:
     """The model, and where it came from."""
     model = source if isinstance(source, PreTrainedModel) else auto.from_pretrained(source)
-    model = vision_encoder(model) if auto is AnyVisionTower else model
-    return model, {"name": model.name_or_path, "revision": getattr(model.config, "_commit_hash", None)}
+    name = source.name_or_path if isinstance(source, PreTrainedModel) else str(source)
+    revision = getattr(model.config, "_commit_hash", None)
+    model = vision_encoder(model) if auto is AnyVisionTower else model  # which, of a whole model, has no name of its own
+    return model, {"name": name, "revision": revision}
 
 
 __all__ = ["MMBlip2Model"]

@@ -10,9 +10,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from ...losses.matching import (
-    mean_of_labelled,
-)
+from ...composite.language_model import label_loss
 from .configuration_blip2 import MMBlip2Config
 from .modeling_blip2_base import MMBlip2PreTrainedModel
 from .modeling_qformer import MMBlip2QFormerOutput, QFormerLMHead
@@ -43,6 +41,7 @@ class MMBlip2ForQFormerCaptioning(MMBlip2PreTrainedModel, GenerationMixin):
     """Captions without a language model: the Q-Former's own text, word by word, as the generation loss trained it."""
 
     main_input_name = "input_ids"
+    accepts_loss_kwargs = True
     _keys_to_ignore_on_load_unexpected = [r"^(vision|text)_projection\.", r"^itm_head\.", r"^temperature$"]
     _tied_weights_keys = {"lm_head.decoder.weight": "qformer.embeddings.word_embeddings.weight"}
 
@@ -78,6 +77,7 @@ class MMBlip2ForQFormerCaptioning(MMBlip2PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         use_cache: bool | None = None,
         interpolate_pos_encoding: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MMBlip2LanguageOutput:
         """Scores the next word of each place of a text.
@@ -89,12 +89,20 @@ class MMBlip2ForQFormerCaptioning(MMBlip2PreTrainedModel, GenerationMixin):
             labels: ``(B, T)``, the ids that should stand there, -100 where there is no telling; the loss compares each
                 place with the next one's label.
             cache: of earlier words.
+            num_items_in_batch: labels in the whole batch, of which this may be a part; by default those given.
+
+        Raises:
+            ValueError: there is no text, pictures and texts are not equally many, or pictures come after a filled cache.
         """
         self.hold_frozen_parts()
+        if input_ids is None:
+            raise ValueError("a caption begins with [DEC]: give input_ids, or call generate.")
         qformer, filled = self.qformer, cache is not None and cache.get_seq_length() > 0
         if use_cache and cache is None:
             cache = DynamicCache()
         keys_values = None
+        if filled and (pixel_values is not None or vision_features is not None):
+            raise ValueError("the cache holds the picture already: leave pixel_values and vision_features out.")
         if not filled:
             tokens = self._picture_tokens(pixel_values, vision_features, interpolate_pos_encoding)
             if tokens.shape[0] != input_ids.shape[0]:
@@ -114,7 +122,7 @@ class MMBlip2ForQFormerCaptioning(MMBlip2PreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.text_hidden_state)
         loss = None
         if labels is not None:
-            loss = mean_of_labelled(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), gather=False)
+            loss = label_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), num_items_in_batch)
         return MMBlip2LanguageOutput(loss=loss, logits=logits, cache=cache, qformer_outputs=outputs)
 
     def prepare_inputs_for_generation(self, input_ids, cache=None, attention_mask=None, **kwargs):
@@ -131,6 +139,7 @@ class MMBlip2ForQFormerCaptioning(MMBlip2PreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
         **kwargs,
     ) -> torch.Tensor:
         """Writes a caption of each picture; see `transformers.GenerationMixin.generate`.
@@ -143,10 +152,15 @@ class MMBlip2ForQFormerCaptioning(MMBlip2PreTrainedModel, GenerationMixin):
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("a caption needs a picture: give either pixel_values or vision_features.")
         if pixel_values is not None:
-            vision_features = self.vision_features(pixel_values)
+            vision_features = self.vision_features(pixel_values, interpolate_pos_encoding)
         if input_ids is None:
             begin = self.config.qformer_config.bos_token_id
             input_ids = torch.full((vision_features.shape[0], 1), begin, device=vision_features.device)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not mask[:, -1].all():
+            raise ValueError(
+                "texts are padded on the right, where new words would follow padding: set padding_side='left'."
+            )
         return super().generate(input_ids=input_ids, vision_features=vision_features, **kwargs)
 
 

@@ -11,6 +11,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from ...composite.freezing import upstream
 from ...losses.contrastive import (
     at_least_float32,
     check_pairs,
@@ -135,6 +136,7 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
         vision_features: torch.Tensor | None = None,
         pairs: torch.Tensor | None = None,
         batch_size: int = 64,
+        interpolate_pos_encoding: bool = False,
     ) -> torch.Tensor:
         """Whether texts describe pictures, pair by pair (ITM); a picture is projected once for all its pairs.
 
@@ -143,26 +145,33 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
             pixel_values, vision_features: of M pictures.
             pairs: ``(P, 2)``, picture and text of each pair; by default all pairs.
             batch_size: pairs in one pass.
+            interpolate_pos_encoding: accept pictures of another size than the tower's own.
 
         Returns:
             ``(P, 2)``, or ``(M, N, 2)`` of all pairs; class 1 is a match.
+
+        Raises:
+            ValueError: both or neither of pixels and features, or pairs of pictures or texts that are not there.
         """
         self.hold_frozen_parts()
-        keys_values = self.qformer.picture_keys_values(self._picture_tokens(pixel_values, vision_features))
+        keys_values = self.qformer.picture_keys_values(
+            self._picture_tokens(pixel_values, vision_features, interpolate_pos_encoding)
+        )
         num_images, num_texts = next(filter(None, keys_values))[0].shape[0], input_ids.shape[0]
-        every = torch.cartesian_prod(torch.arange(num_images), torch.arange(num_texts)).view(-1, 2)
-        chosen = (every if pairs is None else pairs).to(input_ids.device)
-        if chosen.shape[0] == 0:
-            return self.itm_head.weight.new_empty(0, 2)
+        if pairs is None:
+            chosen = torch.cartesian_prod(torch.arange(num_images), torch.arange(num_texts)).view(-1, 2)
+        else:
+            chosen = check_pairs_of(pairs, num_images, num_texts)
+        chosen = chosen.to(input_ids.device)
         logits = [
             self._match(
                 _rows_of(keys_values, images),
                 input_ids[texts],
                 None if attention_mask is None else attention_mask[texts],
             )
-            for images, texts in (part.unbind(1) for part in chosen.split(batch_size))
+            for images, texts in (part.unbind(1) for part in chosen.split(batch_size) if part.shape[0])
         ]
-        logits = torch.cat(logits)
+        logits = torch.cat(logits) if logits else self.itm_head.weight.new_empty(0, 2)
         return logits if pairs is not None else logits.view(num_images, num_texts, 2)
 
     @can_return_tuple
@@ -190,7 +199,8 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
             return_loss: compute the losses of pairs (picture i, text i). In eval mode M and N may differ; there is no
                 loss then.
             gather_loss: take the losses over all ranks. By default in training only.
-            generator: of the draw of hard negatives, equal on all ranks; by default torch's own.
+            generator: of the draw of hard negatives, equal on all ranks; by default torch's own in training, and one with
+                a fixed seed in evaluation.
             interpolate_pos_encoding: accept pictures of another size than the tower's own.
 
         Raises:
@@ -199,12 +209,12 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
         if input_ids is None:
             raise ValueError(f"{type(self).__name__} compares pictures with texts: give input_ids of some.")
         self.hold_frozen_parts()
-        tokens = self._picture_tokens(pixel_values, vision_features, interpolate_pos_encoding)
-        num_images, num_texts = tokens.shape[0], input_ids.shape[0]
+        features = self._features(pixel_values, vision_features, interpolate_pos_encoding)
+        num_images, num_texts = features.shape[0], input_ids.shape[0]
         with_loss = return_loss and (self.training or num_images == num_texts)
         if with_loss:
             check_pairs(num_images, num_texts, image_ids)
-        keys_values = self.qformer.picture_keys_values(tokens)
+        keys_values = self.qformer.picture_keys_values(self.vision_norm(features))
         outputs = self._read_alone(keys_values, input_ids, attention_mask, with_loss, kwargs)
         image_embeds = self._embed_queries(outputs.last_hidden_state)
         text_embeds = self._embed_texts(outputs.text_hidden_state, attention_mask)
@@ -229,11 +239,13 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
             gather=gather,
             gather_with_grad=self.config.gather_with_grad,
         )
+        if generator is None and not self.training and not torch.compiler.is_compiling():
+            generator = torch.Generator().manual_seed(0)
         same = same_image(image_embeds, image_ids, gather and is_distributed())
         drawn_images, has_image = draw_hard_negatives(per_text, same, generator, gather)
         drawn_texts, has_text = draw_hard_negatives(per_image, same, generator, gather)
         negatives, valid = (drawn_images, drawn_texts), (has_image, has_text)
-        itm_logits = self._match_drawn(tokens, keys_values, input_ids, attention_mask, negatives, gather)
+        itm_logits = self._match_drawn(features, keys_values, input_ids, attention_mask, negatives, gather)
         loss_itm = image_text_matching_loss(itm_logits, valid, gather)
         loss, loss_itg, itg_accuracy = loss_itc + loss_itm, None, per_image.new_tensor(torch.nan)
         if outputs.causal_hidden_state is not None:
@@ -307,7 +319,7 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
 
     def _match_drawn(
         self,
-        tokens: torch.Tensor,
+        features: torch.Tensor,
         keys_values: KeysValues,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
@@ -318,7 +330,9 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
         drawn_images, drawn_texts = negatives
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if gather and is_distributed():
-            drawn = self.qformer.picture_keys_values(gather_rows(tokens)[drawn_images])
+            with upstream(self.vision_tower):
+                drawn_features = gather_rows(features)[drawn_images]
+            drawn = self.qformer.picture_keys_values(self.vision_norm(drawn_features))
             all_ids = gather_padded(input_ids, self.config.qformer_config.pad_token_id)
             all_masks = gather_padded(mask, 0)
             longer = all_ids.shape[1] - input_ids.shape[1]
@@ -397,6 +411,16 @@ def text_generation_loss(
     return mean_of_labelled(logits, labels, label_smoothing, gather), right.detach()
 
 
+def check_pairs_of(pairs: torch.Tensor, num_images: int, num_texts: int) -> torch.Tensor:
+    """Raises ValueError where pairs name pictures or texts that are not there."""
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"pairs must be (pairs, 2), a picture and a text each, not {tuple(pairs.shape)}.")
+    limits = torch.tensor([num_images, num_texts], device=pairs.device)
+    if ((pairs < 0) | (pairs >= limits)).any():
+        raise ValueError(f"pairs name pictures or texts beyond the {num_images} pictures and {num_texts} texts given.")
+    return pairs
+
+
 def _rows_of(keys_values: KeysValues, rows: torch.Tensor) -> list:
     return [pair and tuple(part[rows] for part in pair) for pair in keys_values]
 
@@ -421,7 +445,7 @@ def _right_share(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
 
 def _matching_accuracies(logits: torch.Tensor, valid: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
     """Of the right pairs, the drawn pictures and the drawn texts."""
-    blocks = zip(logits.argmax(dim=1).chunk(3), matching_labels(valid).chunk(3), strict=True)
+    blocks = zip(logits.argmax(dim=1).view(3, -1), matching_labels(valid).view(3, -1), strict=True)
     return [((said == label) & (label != IGNORED)).sum() / (label != IGNORED).sum() for said, label in blocks]
 
 

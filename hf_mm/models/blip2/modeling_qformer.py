@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -206,7 +206,7 @@ class MMBlip2QFormerModel(MMPreTrainedModel):
             picture_keys_values = self.picture_keys_values(encoder_hidden_states)
         with_queries = picture_keys_values is not None
         past = cache.get_seq_length() if cache is not None else 0
-        self._check(picture_keys_values, input_ids, attention_mask, past)
+        self._check(picture_keys_values, input_ids, attention_mask, text_mode, past)
         position_ids = text_mask = None
         if input_ids is not None:
             position_ids, text_mask = self._text_positions(input_ids, attention_mask, past)
@@ -246,6 +246,7 @@ class MMBlip2QFormerModel(MMPreTrainedModel):
         picture_keys_values: KeysValues | None,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
+        text_mode: TextMode,
         past: int,
     ) -> None:
         if input_ids is None:
@@ -264,10 +265,18 @@ class MMBlip2QFormerModel(MMPreTrainedModel):
                 f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, not "
                 f"{tuple(attention_mask.shape)}."
             )
+        if attention_mask is not None and past:
+            seen = past - config.num_query_tokens + input_ids.shape[1]
+            if attention_mask.shape[1] != seen:
+                raise ValueError(
+                    f"attention_mask must cover the {seen} tokens of the text so far, not {attention_mask.shape[1]}."
+                )
         if picture_keys_values is not None:
             pictures = next(filter(None, picture_keys_values))[0].shape[0]
             if pictures != input_ids.shape[0]:
                 raise ValueError(f"there are {pictures} pictures for {input_ids.shape[0]} texts: give one each.")
+        if text_mode not in get_args(TextMode):
+            raise ValueError(f"text_mode {text_mode!r} is not one of {', '.join(get_args(TextMode))}.")
         size = config.vocab_size
         if (
             not torch.compiler.is_compiling()

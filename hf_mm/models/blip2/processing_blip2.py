@@ -21,7 +21,7 @@ from ...image_utils import is_nest
 from ..clip.tokenization_clip import check_texts
 from .text_blip2 import QUESTION_TEMPLATE, SHORT_ANSWER_TEMPLATE, clean_caption, clean_question, split_prefix
 
-STAGE_1_MODES = ("contrastive", "matching")
+STAGE_1_MODES = ("contrastive", "matching", "generation")
 STAGE_2_MODES = ("generation", "caption", "vqa", "prefix_lm")
 MATCHING_LENGTH = 35  # of the published retrieval evaluation
 QFORMER_FOLDER = "qformer_tokenizer"
@@ -173,8 +173,9 @@ class MMBlip2Processor(ProcessorMixin):
             text: one text or several. In stage 2 it is by default the `prompt`; one prompt goes with all of several
                 suffixes.
             suffix: what the model shall learn to say after each text: a caption or an answer. Makes `labels`.
-            mode: in stage 1 ``"contrastive"`` (texts are cut to `max_text_length`, the default) or ``"matching"`` (at
-                least 35 tokens, as the published retrieval evaluation); in stage 2
+            mode: in stage 1 ``"contrastive"`` (texts are cut to `max_text_length`, the default), ``"matching"`` (at
+                least 35 tokens, as the published retrieval evaluation) or ``"generation"`` (what the Q-Former's captions
+                go on from: without an end token, padded on the left); in stage 2
 
                 - ``"generation"``, the default without suffix: the text is what the model shall go on from;
                 - ``"caption"``, the default with one: the text is a prompt, the suffix a caption;
@@ -221,6 +222,8 @@ class MMBlip2Processor(ProcessorMixin):
         texts = [texts] if one else texts
         if self.clean_text:
             texts = [clean_caption(row) for row in texts]
+        if mode == "generation":
+            return _encode_beginnings(self.tokenizer, texts)
         longest = self.max_text_length if mode == "contrastive" else max(self.max_text_length, MATCHING_LENGTH)
         options = {"truncation": True, "max_length": longest, **options}
         return _encode_texts(self.tokenizer, texts, options)
@@ -686,6 +689,17 @@ def _encode_texts(tokenizer: Any, texts: list[str], options: dict) -> dict[str, 
             f"A text of {longest} tokens exceeds the {limit} positions: leave truncation on or shorten it."
         )
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+
+def _encode_beginnings(tokenizer: Any, texts: list[str]) -> dict[str, list]:
+    """Ids and mask of what captions go on from: the start token and the text, padded on the left."""
+    rows = [[tokenizer.cls_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]
+    if (longest := max(map(len, rows))) >= tokenizer.model_max_length:
+        raise ValueError(
+            f"A text of {longest} tokens leaves nothing of the {tokenizer.model_max_length} positions: shorten it."
+        )
+    padded = tokenizer.pad({"input_ids": rows}, padding_side="left", return_attention_mask=True)
+    return {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
 
 
 def _width(rows: Sequence[list[int]], options: dict, limit: int) -> int | None:

@@ -553,8 +553,8 @@ def test_a_folder_opens_with_its_language_model_quantised(bits, tmp_path):
     whole = stage2(text_fields=WIDE)
     whole.save_pretrained(tmp_path)
     config = quantised(bits)
-    config.llm_int8_skip_modules = ["vision_tower", *OWN, "lm_head"]
     model = MMBlip2ForConditionalGeneration.from_pretrained(tmp_path, quantization_config=config)
+    assert config.llm_int8_skip_modules is None
     batch = training_batch(model)
 
     layers = quantised_modules(model, bits)
@@ -580,3 +580,20 @@ def test_the_trained_part_beside_a_quantised_language_model(bits, tmp_path):
     batch = training_batch(model)
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+def test_a_whole_model_with_a_quantised_part_is_not_saved(tmp_path):
+    tower, language_model = saved_parts(tmp_path, **WIDE)
+    model = between(tower, open_language_model(language_model, quantization_config=quantised(4)))
+    with pytest.raises(ValueError, match="language_model is quantised: use save_trained_part"):
+        model.save_pretrained(tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+
+
+def test_the_trained_part_knows_how_texts_end(tmp_path):
+    model = between(*saved_parts(tmp_path))
+    model.generation_config.eos_token_id = 9
+    model.save_trained_part(tmp_path / "trained")
+    again = MMBlip2ForConditionalGeneration.from_trained_part(str(tmp_path / "trained"))
+    assert again.generation_config.eos_token_id == 9

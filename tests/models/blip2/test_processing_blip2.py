@@ -191,6 +191,15 @@ def test_stage_1_blank_captions_are_framed(stage_1, bert):
     assert batch.input_ids.tolist() == [[bert.cls_token_id, bert.sep_token_id]] * 3
 
 
+def test_stage_1_beginnings_of_captions(stage_1, bert):
+    """Start token and text, no end token, padded on the left."""
+    batch = stage_1(text=["a photo", "a"], mode="generation")
+    words = bert(["a photo"], add_special_tokens=False)["input_ids"][0]
+    start, pad = bert.cls_token_id, bert.pad_token_id
+    assert batch["input_ids"].tolist() == [[start, *words], [pad] * (len(words) - 1) + [start, words[0]]]
+    assert batch["attention_mask"].tolist() == [[1] * (len(words) + 1), [0] * (len(words) - 1) + [1, 1]]
+
+
 def test_stage_1_wrong_calls(stage_1, image_processor, bert):
     with pytest.raises(ValueError, match="nothing to process"):
         stage_1()
@@ -198,7 +207,7 @@ def test_stage_1_wrong_calls(stage_1, image_processor, bert):
         stage_1(text=["a dog", None])
     with pytest.raises(ValueError, match="empty"):
         stage_1(text=[])
-    with pytest.raises(ValueError, match="contrastive, matching, not 'caption'"):
+    with pytest.raises(ValueError, match="contrastive, matching, generation, not 'caption'"):
         stage_1(text="a dog", mode="caption")
     with pytest.raises(ValueError, match="stage 2"):
         stage_1(images=A, text="a photo", suffix="a dog")

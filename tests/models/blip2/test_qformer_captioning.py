@@ -253,3 +253,41 @@ def test_saves_and_opens(tmp_path):
     one, two = (each.generate(vision_features=features, max_new_tokens=5, do_sample=False) for each in (model, opened))
     assert torch.equal(one, two)
     assert AutoModel.from_pretrained(tmp_path) is not None
+
+
+class TestRefusals:
+    def test_padding_on_the_right(self):
+        ids, mask = texts_of(4, 2)
+        with pytest.raises(ValueError, match="padding_side='left'"):
+            captioner().generate(input_ids=ids, attention_mask=mask, vision_features=features_of(2))
+
+    def test_a_picture_after_a_filled_cache(self):
+        model, (ids, mask) = captioner(), texts_of(3, 3)
+        cache = model(input_ids=ids, vision_features=features_of(2), use_cache=True).cache
+        with pytest.raises(ValueError, match="the cache holds the picture already"):
+            model(input_ids=ids[:, -1:], vision_features=features_of(2), cache=cache)
+        with pytest.raises(ValueError, match="must cover the 4 tokens"):
+            model(input_ids=ids[:, -1:], attention_mask=mask[:, -1:], cache=cache)
+
+    def test_no_text(self):
+        with pytest.raises(ValueError, match="call generate"):
+            captioner()(vision_features=features_of(2))
+
+
+def test_loss_of_parts_is_that_of_the_batch():
+    """Told how many labels the whole batch has, as under gradient accumulation (F10)."""
+    model, features, (ids, mask) = captioner(), features_of(2), texts_of(7, 3)
+    labels = ids.masked_fill(mask == 0, -100)
+    count = int((labels[:, 1:] != -100).sum())
+    whole = model(input_ids=ids, attention_mask=mask, vision_features=features, labels=labels).loss
+    parts = [
+        model(
+            input_ids=ids[row : row + 1],
+            attention_mask=mask[row : row + 1],
+            vision_features=features[row : row + 1],
+            labels=labels[row : row + 1],
+            num_items_in_batch=count,
+        ).loss
+        for row in range(2)
+    ]
+    assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-12)

@@ -189,6 +189,15 @@ class TestNegatives:
         assert not out.accuracies[[0, 1, 2, 5]].isnan().any()
 
 
+def test_evaluation_draws_the_same_each_time_and_leaves_torch_alone():
+    model, batch = stage1(), pairs()
+    state = torch.get_rng_state()
+    first, second = model(**batch), model(**batch)
+    assert torch.equal(first.loss, second.loss)
+    assert all(torch.equal(*drawn) for drawn in zip(first.negatives, second.negatives, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 class TestClosedForms:
     def test_a_constant_matcher(self):
         model = stage1()
@@ -365,6 +374,15 @@ class TestRetrieval:
         live = model.get_matching_logits(ids, mask, pixel_values=pictures(3))
         kept = model.get_matching_logits(ids, mask, vision_features=model.vision_features(pictures(3)))
         assert torch.equal(live, kept)
+
+    def test_pairs_that_are_not_there(self, model):
+        batch = pairs()
+        for wrong, message in (
+            ([[0, 5]], "beyond the 5 pictures and 5 texts"),
+            ([0, 1], r"pairs must be \(pairs, 2\)"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                model.get_matching_logits(**batch, pairs=torch.tensor(wrong))
 
     def test_matching_loss_is_of_these_logits(self):
         """What a pair scores in retrieval is what the loss trained."""

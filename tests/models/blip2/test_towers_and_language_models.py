@@ -135,7 +135,7 @@ def test_trains_as_it_evaluates(name):
 @torch.no_grad()
 def test_generates_as_without_a_cache(name):
     model = stage2(language_model=name)
-    batch = feed(model, ROWS, "left")
+    batch = feed(model, ROWS, "right" if model.config.is_encoder_decoder else "left")
     del batch["labels"]
     asked = {**batch, "pixel_values": pictures(3), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     cached = model.generate(**asked)
