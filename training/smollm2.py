@@ -32,8 +32,7 @@ def open_smollm2(folder: str | Path = FOLDER) -> Path:
     spec = importlib.util.find_spec(PACKAGE)  # importing it would need more than its file
     if spec is None or importlib.util.find_spec("gguf") is None:
         raise OSError(
-            "the language model is not installed: run `make language-model`, or train a small one with "
-            "--language_model tiny."
+            "the language model is not installed: run `make language-model`, or name another with --language_model."
         )
     source = str(Path(spec.submodule_search_locations[0]))
     print("Reading SmolLM2 from its package, once ...")

@@ -208,15 +208,11 @@ def test_metadata_that_is_no_text_does_not_matter(case, ask, files):
 
 
 @pytest.mark.parametrize("case", cases_for(9, lambda case: case.model_type == "mm_blip2" and case.compares), ids=str)
-def test_a_label_beyond_the_positions_is_cut_if_asked_and_else_refused(case, folder):
+def test_a_label_beyond_the_positions_is_refused(case, folder):
     """F15: BERT's tokenizer cuts nothing unasked."""
     classify, image = pipeline("zero-shot-image-classification", model=folder), case.raw(1)["images"][0]
-    labels, options = ["a red square", "circle " * 200], {"hypothesis_template": "{}"}
     with pytest.raises(ValueError, match=rf"202 tokens.*{CONTEXT} positions"):
-        classify(image, candidate_labels=labels, **options)
-    cut = classify(image, candidate_labels=labels, **options, tokenizer_kwargs={"truncation": True})
-    fits = classify(image, candidate_labels=[labels[0], "circle " * (CONTEXT - 2)], **options)
-    assert [answer["score"] for answer in cut] == pytest.approx([answer["score"] for answer in fits], abs=1e-6)
+        classify(image, candidate_labels=["a red square", "circle " * 200], hypothesis_template="{}")
 
 
 @pytest.mark.parametrize("case", cases_for(9, lambda case: case.model_type == "mm_clip" and case.tasks), ids=str)

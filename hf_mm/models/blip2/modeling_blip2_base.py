@@ -190,7 +190,9 @@ def opened(auto: type, source: str | PreTrainedModel) -> tuple[PreTrainedModel, 
     model = source if isinstance(source, PreTrainedModel) else auto.from_pretrained(source)
     name = source.name_or_path if isinstance(source, PreTrainedModel) else str(source)
     revision = getattr(model.config, "_commit_hash", None)
-    model = vision_encoder(model) if auto is AnyVisionTower else model  # which, of a whole model, has no name of its own
+    model = (
+        vision_encoder(model) if auto is AnyVisionTower else model
+    )  # which, of a whole model, has no name of its own
     return model, {"name": name, "revision": revision}
 
 
