@@ -13,7 +13,7 @@ from transformers import AutoProcessor, PreTrainedModel
 from ..conversion.checkpoint import Checkpoint, open_checkpoint
 from ..conversion.engine import Conversion, check_target
 from ..conversion.peers import require_agreement
-from ..models.blip2 import conversion_blip2, peer_check_blip2
+from ..models.blip2 import conversion_blip2, conversion_blip2_export, peer_check_blip2
 from ..models.blip2.configuration_blip2 import MMBlip2Config
 from ..models.blip2.modeling_blip2 import MMBlip2ForConditionalGeneration
 from ..models.blip2.modeling_blip2_stage1 import MMBlip2ForImageTextRetrieval, MMBlip2ForPreTraining
@@ -271,7 +271,10 @@ def export_blip2(source: str, out: str | Path, layout: str) -> Path:
             f"{source} is of {', '.join(architectures) or 'no class'}, but only {names} have other layouts."
         )
     model, processor = model_class.from_pretrained(source), AutoProcessor.from_pretrained(source)
-    write = {"transformers": conversion_blip2.save_as_transformers, "lavis": conversion_blip2.save_as_lavis}
+    write = {
+        "transformers": conversion_blip2_export.save_as_transformers,
+        "lavis": conversion_blip2_export.save_as_lavis,
+    }
     return write[layout](model, processor, out)
 
 

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..auto import MODELS
+from ..models.blip2.configuration_blip2 import MMBlip2Config
 from .model_card import fill_template, hub_id, public_name
 
 TASKS = {
@@ -143,7 +144,7 @@ def _card(
         dtype=_dtype_of(config),
         license=license,
         task=task,
-        reads_text=task in TEXT_TASKS,
+        reads_by_clip=task in TEXT_TASKS and config.model_type != MMBlip2Config.model_type,
         **values,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")

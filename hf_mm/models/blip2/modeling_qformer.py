@@ -277,15 +277,13 @@ class MMBlip2QFormerModel(MMPreTrainedModel):
                 raise ValueError(f"there are {pictures} pictures for {input_ids.shape[0]} texts: give one each.")
         if text_mode not in get_args(TextMode):
             raise ValueError(f"text_mode {text_mode!r} is not one of {', '.join(get_args(TextMode))}.")
-        size = config.vocab_size
-        if (
-            not torch.compiler.is_compiling()
-            and not 0 <= int(input_ids.min()) <= (highest := int(input_ids.max())) < size
-        ):
-            wrong = highest if highest >= size else int(input_ids.min())
+        if torch.compiler.is_compiling():
+            return
+        lowest, highest = torch.stack(input_ids.aminmax()).tolist()
+        if lowest < 0 or highest >= config.vocab_size:
             raise ValueError(
-                f"input_ids holds id {wrong}, but the size of the vocabulary is {size}: prepare the text with the "
-                "Q-Former's own tokenizer."
+                f"input_ids holds id {lowest if lowest < 0 else highest}, but the size of the vocabulary is "
+                f"{config.vocab_size}: prepare the text with the Q-Former's own tokenizer."
             )
 
     def _text_positions(
@@ -302,13 +300,11 @@ class MMBlip2QFormerModel(MMPreTrainedModel):
             past_text = max(past - config.num_query_tokens, 0)
             attention_mask = input_ids.new_ones(input_ids.shape[0], past_text + length)
         positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        if (
-            not torch.compiler.is_compiling()
-            and (longest := int(positions.max()) + 1) > config.max_position_embeddings
-        ):
+        limit = config.max_position_embeddings
+        may_exceed = attention_mask.shape[1] > limit and not torch.compiler.is_compiling()
+        if may_exceed and (longest := int(positions.max()) + 1) > limit:
             raise ValueError(
-                f"a text has {longest} tokens, but the Q-Former has {config.max_position_embeddings} positions: shorten it "
-                "(truncation=True)."
+                f"a text has {longest} tokens, but the Q-Former has {limit} positions: shorten it (truncation=True)."
             )
         return positions[:, -length:], attention_mask
 

@@ -33,11 +33,10 @@ from transformers import (
 from hf_mm.cli import main
 from hf_mm.conversion.rules import ConversionError
 from hf_mm.models.blip2.configuration_blip2 import MMBlip2Config, MMBlip2QFormerConfig
-from hf_mm.models.blip2.conversion_blip2 import (
+from hf_mm.models.blip2.conversion_blip2 import qformer_config, read_blip2
+from hf_mm.models.blip2.conversion_blip2_export import (
     export_lavis,
     export_transformers,
-    qformer_config,
-    read_blip2,
     save_as_lavis,
     save_as_transformers,
 )
