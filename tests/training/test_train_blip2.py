@@ -392,8 +392,9 @@ def test_cached_features_and_live_pictures_train_alike(tmp_path, recipe, stage1,
     (recipe.parent / "whole.jsonl").write_text("\n".join(map(json.dumps, rows)))
     runs = [train(recipe, tmp_path / cached, *arguments, "--cache_features", cached) for cached in ("true", "false")]
     one, other = (tensors_of(run, "qformer.", "language_projection.", "vision_norm.") for run in runs)
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-5)
+    moved = [name for name in one if not name.endswith("k_proj.bias")]  # softmax takes it out: its gradient is noise
+    for name in moved:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5)
 
 
 def test_an_unfrozen_tower_learns_at_decayed_rates(tmp_path, recipe, stage1, monkeypatch):
