@@ -247,12 +247,8 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
         negatives, valid = (drawn_images, drawn_texts), (has_image, has_text)
         itm_logits = self._match_drawn(features, keys_values, input_ids, attention_mask, negatives, gather)
         loss_itm = image_text_matching_loss(itm_logits, valid, gather)
-        loss, loss_itg, itg_accuracy = loss_itc + loss_itm, None, per_image.new_tensor(torch.nan)
-        if outputs.causal_hidden_state is not None:
-            loss_itg, itg_accuracy = self._generation_loss(
-                outputs.causal_hidden_state, input_ids, attention_mask, gather
-            )
-            loss = loss + loss_itg
+        loss_itg, itg_accuracy = self._generation_loss(outputs.causal_hidden_state, input_ids, attention_mask, gather)
+        loss = loss_itc + loss_itm if loss_itg is None else loss_itc + loss_itm + loss_itg
         own = _columns_of_own(per_image, gather)
         return MMBlip2Output(
             loss=loss,
@@ -347,8 +343,11 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
         texts = torch.cat([input_ids, input_ids, all_ids[drawn_texts]])
         return self._match(pictures, texts, torch.cat([mask, mask, all_masks[drawn_texts]]))
 
-    def _generation_loss(self, *args):
-        raise NotImplementedError
+    def _generation_loss(
+        self, text: torch.Tensor | None, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, gather: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Loss and share of right words: none and NaN, for there is no head of words here."""
+        return None, self.temperature.new_full((), torch.nan)
 
 
 class MMBlip2ForPreTraining(MMBlip2ForImageTextRetrieval):

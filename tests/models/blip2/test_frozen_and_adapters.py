@@ -477,7 +477,7 @@ def quantised(bits: int) -> BitsAndBytesConfig:
 
 @pytest.fixture
 def bitsandbytes():
-    return pytest.importorskip("bitsandbytes")
+    return pytest.importorskip("bitsandbytes", reason="quantisation is an extra of its own: hf_mm[quant]")
 
 
 LAYER = {4: "Linear4bit", 8: "Linear8bitLt"}
