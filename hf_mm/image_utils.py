@@ -11,7 +11,7 @@ The rules:
   first is taken, as transformers does; pass `input_data_format` to choose.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -103,6 +103,43 @@ def flatten_images(images: Any) -> Iterator[tuple[str, Any]]:
         yield f"Image {'.'.join(place)}" if place else "The image", image
     if not found:
         raise ValueError("The list of images is empty.")
+
+
+def deal_out(
+    images: Any, marks: list[int], one_text: bool, num_images: int | Sequence[int] | None, one_each: bool = False
+) -> tuple[list[int], list | None]:
+    """How many pictures each text is given, and all of them in reading order; none where only their number is known.
+
+    Args:
+        images: one picture, one for each text, for each text a list of pictures, or a flat list, which is dealt out by
+            marks where it has as many pictures as they are.
+        marks: how many places for pictures each text has.
+        one_text: whether a single text was given: a flat list is then all its own.
+        num_images: of each text or of all, in place of images.
+        one_each: never deal out by marks what could be one picture for each text.
+
+    Raises:
+        ValueError: images and their number are given, or the texts and those that have pictures are not equally many.
+    """
+    flat = None
+    if images is None:
+        one_count = num_images is None or isinstance(num_images, int)
+        counts = [num_images or 0] * len(marks) if one_count else list(num_images)
+    elif num_images is not None:
+        raise ValueError("num_images counts pictures whose features are given: leave it out where images are.")
+    else:
+        rows = list(images) if is_nest(images) else [images]
+        if one_text and not (len(rows) == 1 and is_nest(rows[0])):
+            rows = [rows]
+        if any(map(is_nest, rows)):
+            rows = [list(row) if is_nest(row) else [row] for row in rows]
+            flat, counts = [image for row in rows for image in row], list(map(len, rows))
+        else:
+            by_marks = len(rows) == sum(marks) and not (one_each and len(rows) == len(marks))
+            flat, counts = rows, list(marks) if by_marks else [1] * len(rows)
+    if len(counts) != len(marks):
+        raise ValueError(f"There are pictures for {len(counts)} texts, but {len(marks)} texts: give one each.")
+    return counts, flat
 
 
 def quantize(pixels: np.ndarray) -> Image.Image:

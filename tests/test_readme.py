@@ -14,10 +14,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_mm.cli import main
 from hf_mm.conversion.engine import export
+from hf_mm.models.blip2.initialization_blip2 import learn_wordpiece
+from hf_mm.models.blip2.modeling_blip2 import MMBlip2ForConditionalGeneration, MMBlip2ForPreTraining
+from hf_mm.models.blip2.processing_blip2 import MMBlip2Processor
 from hf_mm.models.clip.configuration_clip import MMClipConfig
 from hf_mm.models.clip.conversion_clip import open_clip_config, open_clip_rules
 from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
@@ -30,6 +33,7 @@ from hf_mm.models.pic2word.processing_pic2word import Pic2WordProcessor
 MODEL = "checkpoints/mm-clip-emoji"
 LANGUAGE_MODEL = "outputs/smollm2-135m-instruct"
 COMPOSED = "outputs/demo-pic2word"
+STAGE1, SEEING = "outputs/demo-blip2-stage1", "outputs/demo-blip2"
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -57,6 +61,7 @@ def workplace(tmp_path, monkeypatch):
     Pic2WordModel.from_clip_pretrained(MODEL).save_pretrained(COMPOSED)
     Pic2WordProcessor(processor.image_processor, tokenizer).save_pretrained(COMPOSED)
     speak(LANGUAGE_MODEL)
+    see(processor.image_processor)
     publish("published")
     assert main(["published" if word == "RN50" else word for word in COMMANDS["convert"]]) == 0
     Image.new("RGB", (24, 20), "red").save("picture.png")
@@ -79,6 +84,21 @@ def speak(folder: str) -> None:
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **shape, **ids)).save_pretrained(folder)
+
+
+def see(image_processor) -> None:
+    """Both stages of BLIP-2 on the tiny tower and the tiny language model, untrained."""
+    tokenizer = learn_wordpiece(["a face", "a cat", "a car"] * 2, 60)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep", "bos")}
+    shape = {"num_query_tokens": 2, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    fields = {**shape, "intermediate_size": 32, "max_position_embeddings": 40, "vocab_size": len(tokenizer), **ids}
+    stage1 = MMBlip2ForPreTraining.from_vision_pretrained(MODEL, joint_dim=8, qformer_config=fields)
+    stage1.save_pretrained(STAGE1)
+    MMBlip2Processor(image_processor, tokenizer).save_pretrained(STAGE1)
+    model = MMBlip2ForConditionalGeneration.from_stage1(stage1, LANGUAGE_MODEL)
+    model.save_pretrained(SEEING)
+    words = AutoTokenizer.from_pretrained(LANGUAGE_MODEL)
+    MMBlip2Processor(image_processor, words, num_query_tokens=2).save_pretrained(SEEING)
 
 
 def publish(folder: str) -> None:

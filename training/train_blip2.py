@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -89,6 +89,7 @@ QFORMER_STAGES = ("stage1", "retrieval")
 STAGES = (*QFORMER_STAGES, "words", "stage2", "captioning", "vqa")
 SPLITS = ("cell", "concept", "style")  # of the bundled pictures: known emoji in a new drawing, new emoji, a new artist
 SMOLLM2 = "smollm2"
+GROUP_BY_LENGTH = "group_by_length"
 EXAMPLES = 20  # captions that the results show
 
 
@@ -224,6 +225,7 @@ class Captions(Data):
 
     described: bool = False
     question_column: str | None = None
+    tokens_of: Callable[[list[str]], list[list[int]]] | None = None
 
     @property
     def text_of(self):
@@ -257,6 +259,16 @@ class Captions(Data):
             return self, {}
         numbers = [self.train.numbers[place] for place in kept]
         return replace(self, train=ImageTextRows(self.train.dataset.select(kept), columns, numbers)), skipped
+
+    def sampler(self, rows: Sequence[int], args: Blip2TrainingArguments) -> GroupBatchSampler:
+        lengths = self.lengths(rows) if args.train_sampling_strategy == GROUP_BY_LENGTH else None
+        return super().sampler(rows, args, lengths)
+
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        """Tokens of the longest caption of each row."""
+        columns = self.train.columns
+        light = self.train.dataset.remove_columns([columns.image]).select(rows)
+        return [max(map(len, self.tokens_of(columns.captions(row))), default=0) for row in light]
 
     def draws(self, image_processor, args: Blip2TrainingArguments):
         dataset, sampler = super().draws(image_processor, args)
@@ -522,11 +534,15 @@ def test_sets(data: Captions, processor: MMBlip2Processor, skipped: dict[str, st
 
 
 def emoji_set(split: str, limit: int) -> TestSet:
-    """A split of the bundled pictures, or as many of its pictures drawn at random, always the same."""
-    rows = load_emoji(split, normalize_size=True)
-    chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:limit])
-    rows = rows.select(chosen)
-    return TestSet([[name] for name in rows["caption"]], list(rows["hexcode"]), list(rows["image"]))
+    """A split of the bundled pictures, or as many of its pictures as the limit, see `emoji_rows`."""
+    emoji = load_emoji(split, normalize_size=True)
+    emoji = emoji.select(emoji_rows(len(emoji), limit))
+    return TestSet([[name] for name in emoji["caption"]], list(emoji["hexcode"]), list(emoji["image"]))
+
+
+def emoji_rows(count: int, limit: int) -> list[int]:
+    """Rows drawn at random, always the same, in random order."""
+    return np.random.default_rng(0).permutation(count)[:limit].tolist()
 
 
 def evaluate(
@@ -632,8 +648,8 @@ def caption_nll(model: nn.Module, processor: MMBlip2Processor, own: TestSet, bat
             logits, labels = model(**inputs).logits.float(), inputs["labels"]
         if not processor.is_encoder_decoder:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        nats = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
-        return (nats.sum(dim=1) / (labels != -100).sum(dim=1)).cpu()
+        nats = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+        return (nats.view(labels.shape).sum(dim=1) / (labels != -100).sum(dim=1)).cpu()
 
     def nll(rows: torch.Tensor, captions: list[str]) -> torch.Tensor:
         starts = range(0, len(rows), batch_size)
@@ -687,6 +703,8 @@ def train(argv: list[str] | None = None) -> Path:
     """Runs a recipe to its end, or finds that it has been run. Returns the folder of the trained model."""
     model_args, data_args, text_args, feature_args, augment_args, eval_args, args = parse_recipe(ARGUMENTS, argv)
     check(model_args, data_args, feature_args, augment_args)
+    if data_args.streaming and args.train_sampling_strategy == GROUP_BY_LENGTH:
+        raise ValueError("a stream is read in its own order: leave train_sampling_strategy out.")
     if model_args.stage in ("stage2", "captioning"):
         coco_scorers()
     output_dir = Path(args.output_dir)
@@ -707,6 +725,7 @@ def train(argv: list[str] | None = None) -> Path:
         data, blank = data.without_blank()
     model, processor = build(model_args, data)
     model.to(args.device)
+    data = replace(data, tokens_of=lambda texts: processor.tokenizer(texts)["input_ids"])
     collator = collator_of(model_args, processor, data, ImageAugmentation(augment_args))
     if feature_args.cache_features:
         dataset, sampler, unreadable = cached(model, processor, data, feature_args, augment_args, args)

@@ -145,12 +145,14 @@ class Data:
         dataset = ImageTextDraws(self.train, image_processor, cache_images=self.args.cache_images, **options)
         return dataset, self.sampler(range(len(self.train)), args)
 
-    def sampler(self, rows: Sequence[int], args: ContrastiveTrainingArguments) -> GroupBatchSampler:
-        """Batches of the training rows with these numbers."""
+    def sampler(
+        self, rows: Sequence[int], args: ContrastiveTrainingArguments, lengths: Sequence[int] | None = None
+    ) -> GroupBatchSampler:
+        """Batches of the training rows with these numbers; of similar length, where lengths are given."""
         views = self.args.views_per_group
         alike = self._alike() if views > 1 else range(len(self.train))
         groups = [alike[row] for row in rows]
-        sampler = GroupBatchSampler(groups, args.per_device_train_batch_size, views, args.seed)
+        sampler = GroupBatchSampler(groups, args.per_device_train_batch_size, views, args.seed, lengths)
         if len(sampler) < args.world_size:
             raise ValueError(
                 f"{args.world_size} processes need {args.world_size} batches, but the data makes {len(sampler)}: "

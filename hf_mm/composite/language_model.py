@@ -19,6 +19,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    Cache,
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedConfig,
@@ -29,6 +31,7 @@ from transformers.utils import ModelOutput
 
 IGNORED = -100
 """The label of a position at which nothing is to be predicted."""
+FEWEST_SHARED = 8
 
 
 def language_model_from_config(config: PreTrainedConfig) -> PreTrainedModel:
@@ -107,14 +110,15 @@ def read_embeds(
 ) -> ModelOutput:
     """What a language model gives of embeddings ``(B, T, D)``, padding ``(B, T)`` on either side.
 
-    Places are counted from the first that is no padding, as ``generate`` counts them.
+    Places are counted from the first that is no padding, as ``generate`` counts them. With a `cache`, the embeddings are
+    the last places of `attention_mask`.
 
     Raises:
         ValueError: padding on the left of an encoder that counts its places by itself, as BART's.
     """
     _check_side(lm, attention_mask)
     if attention_mask is not None and not lm.config.is_encoder_decoder and _takes_positions(lm):
-        lm_kwargs.setdefault("position_ids", _positions(attention_mask))
+        lm_kwargs.setdefault("position_ids", _positions(attention_mask)[:, -inputs_embeds.shape[1] :])
     return lm(inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **lm_kwargs)
 
 
@@ -131,12 +135,13 @@ def label_logits(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     labels: torch.Tensor,
+    shared: int = 0,
     **lm_kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits where a label is to be predicted, and these labels.
 
     A decoder-only language model predicts each label from the place before it; one at the first place cannot be predicted
-    and is left out. An encoder-decoder reads `inputs_embeds` in its encoder and predicts every label; its decoder reads the
+    and is left out, and the last place, from which nothing is predicted, is not read. An encoder-decoder reads `inputs_embeds` in its encoder and predicts every label; its decoder reads the
     labels moved on by one.
 
     The product with the vocabulary is computed at these places alone where the language model takes `logits_to_keep`, as
@@ -146,6 +151,7 @@ def label_logits(
         inputs_embeds: ``(B, T, D)``.
         attention_mask: ``(B, T)``, 0 at padding, which may stand on either side.
         labels: ``(B, T)`` beside `inputs_embeds`, or ``(B, T')`` of the decoder; -100 where there is none.
+        shared: places at which all rows begin alike, see `shared_start`.
         **lm_kwargs: of the language model's ``forward``.
 
     Returns:
@@ -157,16 +163,49 @@ def label_logits(
         if "decoder_input_ids" not in lm_kwargs and "decoder_inputs_embeds" not in lm_kwargs:
             lm_kwargs["decoder_input_ids"] = decoder_input_ids_of(lm, labels)
     else:
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        inputs_embeds, targets = inputs_embeds[:, :-1], labels[:, 1:]
+        attention_mask = None if attention_mask is None else attention_mask[:, :-1]
+    if shared:
+        kept = _read_once(lm, inputs_embeds[:1, :shared], inputs_embeds.shape[0])
+        if kept is not None:
+            inputs_embeds, targets = inputs_embeds[:, shared:], targets[:, shared:]
+            lm_kwargs |= {"cache": kept, "use_cache": True}
     labelled = targets != IGNORED
     static = torch.compiler.is_compiling()
     selects = not static and _selects_places(lm)
     if selects:
         lm_kwargs["logits_to_keep"] = labelled
-    logits = read_embeds(lm, inputs_embeds, attention_mask, use_cache=False, **lm_kwargs).logits
+    logits = read_embeds(lm, inputs_embeds, attention_mask, **{"use_cache": False, **lm_kwargs}).logits
     if static:
         return logits.flatten(0, 1), targets.flatten()
     return logits if selects else logits[labelled.to(logits.device)], targets[labelled]
+
+
+def shared_start(
+    lm: PreTrainedModel,
+    input_ids: torch.Tensor,
+    slots: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+) -> int:
+    """How many places a frozen decoder-only language model can read once for all rows, because they begin with the same
+    words, such as an instruction or examples before the picture.
+
+    No gradient is needed of what stands before the first picture. 0 where they are fewer than `FEWEST_SHARED`, for which
+    a pass of its own would not pay; where the language model trains, as one with adapters does; in a compiled graph.
+
+    Args:
+        input_ids, slots, attention_mask, labels: ``(B, T)``.
+    """
+    if torch.compiler.is_compiling() or lm.config.is_encoder_decoder:
+        return 0
+    if lm.training or any(parameter.requires_grad for parameter in lm.parameters()):
+        return 0
+    alike = (input_ids == input_ids[:1]) & ~slots & attention_mask.bool()
+    alike[:, :-1] &= labels[:, 1:] == IGNORED
+    alike[:, -1] = False
+    count = int(alike.all(dim=0).long().cumprod(dim=0).sum())
+    return count if count >= FEWEST_SHARED else 0
 
 
 def label_loss(
@@ -238,6 +277,22 @@ def generate_from_embeds(
         generate_kwargs["generation_config"].update(**changed)
         generate_kwargs = {name: value for name, value in generate_kwargs.items() if name not in changed}
     return lm.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **generate_kwargs)
+
+
+def has_rows(cache: Cache | None) -> bool:
+    """Whether a cache is one of keys and values, whose rows can be chosen and repeated; the states of Mamba cannot."""
+    return type(cache) is DynamicCache and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
+
+
+@torch.no_grad()
+def _read_once(lm: PreTrainedModel, inputs_embeds: torch.Tensor, rows: int) -> DynamicCache | None:
+    """Keys and values ``(1, T, D)`` of what all rows begin with; None where the language model keeps something else."""
+    last = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(_unadapted(lm).forward) else {}
+    kept = lm(inputs_embeds=inputs_embeds, use_cache=True, return_dict=True, **last).get("cache")
+    if not has_rows(kept):
+        return None
+    kept.batch_repeat_interleave(rows)
+    return kept
 
 
 def _auto_class(config: PreTrainedConfig) -> type:

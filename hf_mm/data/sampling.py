@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+POOL = 8
+
 
 class Draw(NamedTuple):
     """What a batch asks a dataset for. The epoch travels with the index, into any worker process."""
@@ -30,14 +32,31 @@ class GroupBatchSampler:
         batch_size: pictures in a batch.
         views: pictures of a group in a batch; must divide `batch_size`.
         seed: of every epoch's order.
+        lengths: of each picture's text. Pictures that are drawn for the same `POOL` batches are dealt out by length, so
+            that texts of a batch need little padding, and these batches come in an order of their own; what half a batch
+            holds then depends on the number of processes.
 
     Raises:
-        ValueError: `views` does not divide `batch_size`, or there are too few groups for one batch.
+        ValueError: `views` does not divide `batch_size`, there are too few groups for one batch, or lengths are given
+            where a group has several pictures in a batch or another number of pictures.
     """
 
     drop_last = True
 
-    def __init__(self, groups: Sequence, batch_size: int, views: int = 1, seed: int = 0):
+    def __init__(
+        self,
+        groups: Sequence,
+        batch_size: int,
+        views: int = 1,
+        seed: int = 0,
+        lengths: Sequence[int] | None = None,
+    ):
+        if lengths is not None and (views > 1 or len(lengths) != len(groups)):
+            raise ValueError(
+                f"batches by length need views_per_group of 1, not {views}, and a length for each of {len(groups)} "
+                f"pictures, not {len(lengths)}."
+            )
+        self.lengths = None if lengths is None else np.asarray(lengths)
         if views < 1 or batch_size % views:
             raise ValueError(f"batch_size ({batch_size}) must be a multiple of views_per_group ({views}).")
         if views == 1:
@@ -65,10 +84,20 @@ class GroupBatchSampler:
         rng = np.random.default_rng((self.seed, epoch))
         groups_per_batch = self.batch_size // self.views
         order = rng.permutation(len(self.members))[: len(self) * groups_per_batch]
+        if self.lengths is not None:
+            order = self._by_length(order, rng)
         for start in range(0, len(order), groups_per_batch):
             yield [
                 draw for group in order[start : start + groups_per_batch] for draw in self._views_of(group, epoch, rng)
             ]
+
+    def _by_length(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        pools = np.split(order, range(POOL * self.batch_size, len(order), POOL * self.batch_size))
+        batches = [
+            rng.permutation(pool[np.argsort(self.lengths[pool], kind="stable")].reshape(-1, self.batch_size))
+            for pool in pools
+        ]
+        return np.concatenate(batches).flatten()
 
     def _views_of(self, group: int, epoch: int, rng: np.random.Generator) -> list[Draw]:
         chosen = rng.permutation(self.members[group])

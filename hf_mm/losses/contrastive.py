@@ -166,6 +166,7 @@ def query_text_contrastive_loss(
     label_smoothing: float = 0.0,
     gather: bool = True,
     gather_with_grad: bool = True,
+    same: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """BLIP-2's contrastive loss (Li et al. 2023, section 3.2): of a picture's queries the best matching one counts.
 
@@ -177,6 +178,7 @@ def query_text_contrastive_loss(
         label_smoothing: this part of the target is spread over all columns.
         gather: over all ranks where there are several.
         gather_with_grad: let gradients reach the rows of other ranks, and of one's own as columns.
+        same: what `same_image` gives, where it is known already: ids are then not gathered again.
 
     Returns:
         The mean over this rank's rows, logits of its pictures against all texts ``(b, G)`` and of its texts against all
@@ -195,7 +197,8 @@ def query_text_contrastive_loss(
     with torch.autocast(image_embeds.device.type, enabled=False):
         logits_per_image = (image_embeds @ all_texts.T).amax(dim=1) / temperature
         logits_per_text = torch.einsum("td,gkd->tgk", text_embeds, all_images).amax(dim=2) / temperature
-    same = same_image(image_embeds, image_ids, gather).to(logits_per_image.dtype)
+    same = same_image(image_embeds, image_ids, gather) if same is None else same
+    same = same.to(logits_per_image.dtype)
     targets = (1 - label_smoothing) * same / same.sum(dim=1, keepdim=True) + label_smoothing / same.shape[1]
     loss_of_images = nn.functional.cross_entropy(logits_per_image, targets)
     loss_of_texts = nn.functional.cross_entropy(logits_per_text, targets)

@@ -18,6 +18,7 @@ INK, GREY, PALE = "#1f2933", "#6b7785", "#e4e8ec"
 BLUE, LIGHT_BLUE, ORANGE = "#2f6690", "#a8c4d9", "#c2571a"
 GREEN, LIGHT_GREEN = "#237a3b", "#cfe8d5"
 WIDTH = 3.8  # inches, of every figure: readable on a telephone, two abreast on a desk
+MATCHING_PLATEAU = np.log(3) - 2 / 3 * np.log(2)  # of one answer to everything where a third is right: 0.6365
 LOGIT_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 50, 70, 80, 90, 95, 98, 99, 99.5)
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -71,9 +72,7 @@ def plot_temperature(log_history: Sequence[dict[str, Any]]) -> Figure:
 @rc_context(STYLE)
 def _plot_curves(log_history: Sequence[dict[str, Any]], colors: dict[str, str]) -> Figure:
     main = next(iter(colors))
-    entries = [entry for entry in log_history if main in entry]
-    if not entries:
-        raise ValueError(f"log_history has no entry with a {main}: train with logging_steps no larger than max_steps.")
+    entries = _entries(log_history, main)
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     ax = figure.subplots()
     for name, color in colors.items():
@@ -640,3 +639,180 @@ def token_attention(attentions: Sequence[torch.Tensor], num_prefix_tokens: int, 
     over_tokens = weights[:, 0] if num_prefix_tokens else weights.mean(dim=1)
     over_patches = over_tokens[:, num_prefix_tokens:]
     return (over_patches / over_patches.sum(dim=-1, keepdim=True)).unflatten(-1, (rows, columns))
+
+
+@rc_context(STYLE)
+def plot_answers(
+    images: Sequence[Image.Image],
+    truths: Sequence[str],
+    answers: Mapping[str, Sequence[str]],
+    hits: Mapping[str, Sequence[bool]],
+) -> Figure:
+    """Pictures, and beside each what it shows and what several speakers say of it, the right ones marked.
+
+    Args:
+        images: n pictures.
+        truths: what each shows.
+        answers: n texts of each speaker, by its name.
+        hits: likewise, whether the text is right.
+
+    Returns:
+        Two axes a picture: itself, and the truth over a line for each speaker.
+
+    Raises:
+        ValueError: there are no pictures, or lengths or names differ.
+    """
+    lengths = {len(truths), *map(len, answers.values()), *map(len, hits.values())}
+    if not images or lengths != {len(images)} or answers.keys() != hits.keys():
+        raise ValueError(
+            f"give as many truths, answers and hits of each speaker as images ({len(images)}, at least one), not "
+            f"{', '.join(map(str, sorted(lengths)))}."
+        )
+    figure = Figure(figsize=(WIDTH, 0.98 * len(images)))
+    figure.subplots_adjust(0.002, 0.01, 0.998, 0.99, wspace=0.06, hspace=0.14)
+    rows = figure.subplots(len(images), 2, squeeze=False, width_ratios=[1, 3])
+    for number, ((left, right), picture, truth) in enumerate(zip(rows, images, truths, strict=True)):
+        _show(left, picture)
+        _frame(left, PALE, 0.8)
+        right.text(0.02, 0, _shorten(truth, 36), va="center", weight="bold", parse_math=False)
+        for place, (name, said) in enumerate(answers.items(), start=1):
+            hit = hits[name][number]
+            mark, color = ("✓ ", GREEN) if hit else ("", INK)
+            right.text(0.02, place, name, va="center", fontsize=7.5, color=GREY, parse_math=False)
+            right.text(
+                0.27, place, mark + _shorten(said[number], 28), va="center", fontsize=8.5, color=color, parse_math=False
+            )  # fmt: skip
+        right.set(xlim=(0, 1), ylim=(len(answers) + 0.5, -0.5))
+        right.axis("off")
+    return figure
+
+
+@rc_context(STYLE)
+def plot_query_attention(names: Sequence[str], images: Sequence[Image.Image], maps: torch.Tensor) -> Figure:
+    """Pictures, and beside each where every query looks, see `plot_attention`.
+
+    Args:
+        names: of the n pictures.
+        images: n pictures.
+        maps: ``(n, queries, rows, cols)``, not negative, stretched over the whole picture.
+
+    Returns:
+        n rows of 1 + queries pictures under a header, the name above each row.
+
+    Raises:
+        ValueError: there are no pictures, or not one name and maps for each.
+    """
+    if not images or maps.ndim != 4 or not len(names) == len(images) == len(maps):
+        raise ValueError(
+            "give a name and maps a picture as (n, queries, rows, cols), at least one, "
+            f"not {len(names)} and {tuple(maps.shape)} for {len(images)}."
+        )
+    weights = maps.float().cpu().numpy()
+    rows = [[image, *(_overlay(image, own) for own in each)] for image, each in zip(images, weights, strict=True)]
+    header = ["picture", *(f"query {number}" for number in range(1, maps.shape[1] + 1))]
+    return _picture_rows(names, rows, [[(PALE, 0.8)] * len(header)] * len(images), header)
+
+
+@rc_context(STYLE)
+def plot_stage1(
+    log_history: Sequence[dict[str, Any]], batch_size: int | None = None, unigram_loss: float | None = None
+) -> Figure:
+    """The three losses of BLIP-2's first stage over steps, and what each is without looking.
+
+    Args:
+        log_history: a Trainer's; its entries with ``"loss_itc"``, ``"loss_itm"`` and ``"loss_itg"`` are drawn.
+        batch_size: pairs of a step over all ranks. Where all are alike, the contrastive loss is its logarithm, whatever
+            the label smoothing; None draws no line.
+        unigram_loss: the generation loss of one guess at every word, in nats; None draws no line.
+
+    Returns:
+        Three panels over one axis of steps. The line of the matching loss is that of one answer to all of a right pair
+        and two drawn ones, 0.6365.
+
+    Raises:
+        ValueError: no entry has one of the losses, or the batch size is not positive.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
+    panels = {
+        "loss_itc": ("Contrastive (ITC)", None if batch_size is None else float(np.log(batch_size))),
+        "loss_itm": ("Matching (ITM)", MATCHING_PLATEAU),
+        "loss_itg": ("Generation (ITG)", unigram_loss),
+    }
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    for ax, (name, (title, reference)) in zip(figure.subplots(3, sharex=True), panels.items(), strict=True):
+        steps, values = _logged(log_history, name)
+        ax.plot(steps, values, color=BLUE, linewidth=1.6)
+        if reference is not None:
+            ax.axhline(reference, color=GREY, linestyle="--", linewidth=1)
+            ax.set_title(f"- -  without looking {reference:.2f}", loc="right", fontsize=7.5, color=GREY)
+        ax.set(title=title, ylim=(0, None))
+        ax.grid(axis="y")
+    ax.set_xlabel("step")
+    return figure
+
+
+@rc_context(STYLE)
+def plot_matching_accuracy(log_history: Sequence[dict[str, Any]]) -> Figure:
+    """How often the matching head is right over steps, of right pairs and of either kind of hard negatives.
+
+    Args:
+        log_history: a Trainer's; its entries with ``"accuracy_itm_right_pair"``, ``"accuracy_itm_drawn_image"`` and
+            ``"accuracy_itm_drawn_text"``, from 0 to 1, are drawn.
+
+    Returns:
+        One panel, in percent.
+
+    Raises:
+        ValueError: no entry has one of the accuracies.
+    """
+    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+    ax = figure.subplots()
+    blocks = {"right_pair": (BLUE, "-"), "drawn_image": (ORANGE, "-"), "drawn_text": (INK, "--")}
+    for name, (color, style) in blocks.items():
+        steps, values = _logged(log_history, f"accuracy_itm_{name}")
+        percent = 100 * np.array(values)
+        ax.plot(steps, percent, color=color, linestyle=style, linewidth=1.4, label=name.replace("_", " "))
+    ax.set(xlabel="step", ylabel="right, %", ylim=(0, 102))
+    ax.grid(axis="y")
+    figure.legend(loc="outside upper left", ncols=3, fontsize=8)
+    return figure
+
+
+@rc_context(STYLE)
+def plot_runs(log_histories: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
+    """The loss of several runs over steps, in the same axes.
+
+    Args:
+        log_histories: a Trainer's of each run, by its name, at most three.
+
+    Returns:
+        One panel.
+
+    Raises:
+        ValueError: there are no runs or more than three, or one has no loss.
+    """
+    colors = (BLUE, ORANGE, INK)
+    if not 0 < len(log_histories) <= len(colors):
+        raise ValueError(f"there are {len(log_histories)} runs: give one to {len(colors)}.")
+    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+    ax = figure.subplots()
+    for (name, log_history), color in zip(log_histories.items(), colors, strict=False):
+        ax.plot(*_logged(log_history, "loss"), color=color, linewidth=1.6, label=name)
+    ax.set(title="Loss", xlabel="step", ylim=(0, None))
+    ax.grid(axis="y")
+    ax.legend()
+    return figure
+
+
+def _logged(log_history: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of what was logged under a name."""
+    entries = _entries(log_history, name)
+    return [entry["step"] for entry in entries], [entry[name] for entry in entries]
+
+
+def _entries(log_history: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    entries = [entry for entry in log_history if name in entry]
+    if not entries:
+        raise ValueError(f"log_history has no entry with {name!r}: train with logging_steps no larger than max_steps.")
+    return entries

@@ -31,6 +31,7 @@ DECISIVE = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs"),
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed", "data_seed", "bf16", "fp16"),
+    "train_sampling_strategy",
 )
 # Settings of other groups that it does not depend on.
 INDECISIVE = {"cache_images", "features_batch_size", "features_dir", "overwrite", "strict"}

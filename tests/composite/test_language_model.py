@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import (
     AutoConfig,
     GenerationConfig,
@@ -23,6 +24,7 @@ from hf_mm.composite.language_model import (
     label_loss,
     language_model_from_config,
     open_language_model,
+    shared_start,
 )
 
 VOCAB, SLOT = 48, -200
@@ -132,7 +134,8 @@ def test_loss_and_gradient_are_the_language_models_own(family):
     (expected_gradient,) = torch.autograd.grad(expected, soft)
 
     assert logits.shape == (6, VOCAB) and len(places) == 6
-    near = 1e-6 if family == "mamba" else 1e-9  # it gives its logits in float32
+    # Parts of these are in float32, whatever the model is: of Mamba the logits.
+    near = {"mamba": 1e-6, "bloom": 1e-7, "gemma2": 1e-7}.get(family, 1e-9)
     assert abs(loss - expected) < near and abs(loss - by_hand.loss) < 1e-6  # the language model's own is in float32
     torch.testing.assert_close(gradient, expected_gradient, atol=near, rtol=near)
     assert gradient[[0, 1, 2, 3]].abs().amax(-1).min() > 1e-6
@@ -161,6 +164,71 @@ def test_logits_and_targets_are_those_of_the_labelled_places(family):
     torch.testing.assert_close(logits, torch.stack([whole[place] for place in places]), atol=2e-6, rtol=1e-5)
 
 
+def beginning(shared: int) -> tuple[torch.Tensor, ...]:
+    """Two texts that begin with the same words, before the slots of `batch` and padding."""
+    words = torch.arange(3, 3 + shared).expand(2, -1)
+    ids = torch.cat(
+        [words, torch.tensor([[5, SLOT, SLOT, 7, SLOT, 9, 11, 2], [6, SLOT, 8, SLOT, 10, 2, 0, 0]])], dim=1
+    )
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    labels = torch.full_like(ids, -100)
+    labels[0, -2:], labels[1, -4:-2] = torch.tensor([11, 2]), torch.tensor([10, 2])
+    return ids, mask, ids == SLOT, labels
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_what_all_texts_begin_with_is_read_once(family):
+    lm = lm_of(family).double()
+    ids, mask, slots, labels = beginning(9)
+    soft = torch.randn(5, 1, embedding_width(lm), dtype=torch.float64, requires_grad=True)
+    shared = shared_start(lm, ids, slots, mask, labels)
+    assert shared == 9
+    places = []
+    next(module for module in lm.modules() if isinstance(module, nn.ModuleList))[0].register_forward_pre_hook(
+        lambda _, args, kwargs: places.append((args or tuple(kwargs.values()))[0].shape[:2].numel()), with_kwargs=True
+    )
+    results = []
+    for alike in (0, shared):
+        places.clear()
+        logits, targets = label_logits(lm, embed_with_slots(lm, ids, slots, soft), mask, labels, alike)
+        loss = label_loss(logits, targets)
+        results.append((logits, targets, *torch.autograd.grad(loss, soft), sum(places)))
+    whole, once = results
+    near = 1e-5 if family == "mamba" else 1e-6
+    torch.testing.assert_close(once[0], whole[0], atol=near, rtol=near)
+    assert once[1].equal(whole[1])
+    torch.testing.assert_close(once[2], whole[2], atol=near, rtol=near)
+    assert whole[3] == 2 * 16
+    assert once[3] == (9 + 2 * 16 if family == "mamba" else 9 + 2 * 7)  # it keeps no keys and values
+
+
+def test_what_texts_have_in_common_ends_where_they_part():
+    lm = lm_of("llama")
+    ids, mask, slots, labels = beginning(9)
+    assert shared_start(lm, ids, slots, mask, labels) == 9
+    other = ids.clone()
+    other[1, 8] = 40
+    assert shared_start(lm, other, slots, mask, labels) == 8
+    other[1, 7] = 40
+    assert shared_start(lm, other, slots, mask, labels) == 0  # too few
+    pictures = slots.clone()
+    pictures[0, 3] = True
+    assert shared_start(lm, ids, pictures, mask, labels) == 0
+    padded = mask.clone()
+    padded[0, 0] = 0
+    assert shared_start(lm, ids, slots, padded, labels) == 0
+    told = labels.clone()
+    told[0, 9] = 7  # predicted from place 8
+    assert shared_start(lm, ids, slots, mask, told) == 8
+    assert (
+        shared_start(lm, ids[:1].repeat(2, 1), torch.zeros_like(slots), mask[:1].repeat(2, 1), labels * 0 - 100) == 16
+    )
+    lm.get_input_embeddings().weight.requires_grad_(True)
+    assert shared_start(lm, ids, slots, mask, labels) == 0
+    assert shared_start(lm_of("t5"), ids, slots, mask, labels[:, :4]) == 0
+
+
 def test_a_language_model_that_knows_no_places_computes_all(monkeypatch):
     lm = lm_of("gemma2")
     ids, mask, slots, soft = batch(lm)
@@ -169,7 +237,7 @@ def test_a_language_model_that_knows_no_places_computes_all(monkeypatch):
     monkeypatch.setattr(type(lm), "__module__", "transformers_modules.gemma")
     rows = count_rows(lm)
     logits, same = label_logits(lm, embeds, mask, labels_of(lm))
-    assert rows == [16] and same.equal(targets)
+    assert rows == [14] and same.equal(targets)  # all places but the last of each text
     torch.testing.assert_close(logits, expected)
 
 

@@ -80,9 +80,6 @@ ROWS = {
     13: "compile",
 }
 NO_GENERATION = {8: "it generates nothing"}
-BLIP2_FILES = {
-    10: "its published files have heads of 64, towers and tokenizers beside them: tests/models/blip2 converts such ones"
-}
 
 CAPTIONS = [
     "a red square",
@@ -1168,7 +1165,6 @@ CASES = [
         adapted={"pictures": IN_TOWER},
         reasons={
             **NO_GENERATION,
-            10: "its published file has heads of 64 and a tower beside them: tests/models/blip2 converts such ones",
             13: "its graph is a part of stage 1's, which is compiled and exported",
         },
     ),
@@ -1185,10 +1181,7 @@ CASES = [
         bad_calls=bad_blip2_pairs(),
         connector="qformer",
         adapted={"pictures": IN_TOWER},
-        reasons={
-            8: "MMBlip2ForQFormerCaptioning speaks in its stead",
-            **BLIP2_FILES,
-        },
+        reasons={8: "MMBlip2ForQFormerCaptioning speaks in its stead"},
     ),
     Case(
         name="mm_blip2 with llama",
@@ -1205,7 +1198,6 @@ CASES = [
         suffixes=ANSWERS,
         connector="qformer",
         adapted={"pictures": IN_TOWER, "words": r".*language_model\..*\.(q_proj|v_proj)"},
-        reasons=BLIP2_FILES,
     ),
     Case(
         name="mm_blip2 with t5",
@@ -1222,7 +1214,6 @@ CASES = [
         suffixes=ANSWERS,
         connector="qformer",
         adapted={"pictures": IN_TOWER, "words": r".*language_model\..*\.(q|v)"},
-        reasons=BLIP2_FILES,
     ),
 ]
 FOLDER = Path(__file__).parent

@@ -46,7 +46,7 @@ def openai_state(config: MMClipConfig, device: str = "cpu", text_prefix: str = "
     """The state dict of OpenAI's, or open_clip's, model of the config's sizes."""
     state = Drawn(device)
     vision, text = config.vision_config, config.text_config
-    (_openai_resnet if isinstance(vision, MMClipResNetConfig) else _openai_vit)(state, vision, config.projection_dim)
+    (_openai_resnet if isinstance(vision, MMClipResNetConfig) else openai_vit)(state, vision, config.projection_dim)
     width = text.hidden_size
     state.draw(f"{text_prefix}token_embedding.weight", text.vocab_size, width)
     state.draw(f"{text_prefix}positional_embedding", text.max_position_embeddings, width)
@@ -57,7 +57,7 @@ def openai_state(config: MMClipConfig, device: str = "cpu", text_prefix: str = "
     return dict(state)
 
 
-def _openai_vit(state: Drawn, vision: Any, projection_dim: int) -> None:
+def openai_vit(state: Drawn, vision: Any, projection_dim: int) -> None:
     width, patch, side = vision.hidden_size, vision.patch_size, vision.image_size // vision.patch_size
     state.draw("visual.class_embedding", width)
     state.draw("visual.positional_embedding", 1 + side**2, width)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from transformers import LogitsProcessorList
 
 from .cases import all_configs, cases_for, trained
 
 EVERY = pytest.mark.parametrize("case", cases_for(13), ids=str)
 WITH_LOSS = pytest.mark.parametrize("case", cases_for(13, lambda case: case.loss), ids=str)
+SPEAKING = pytest.mark.parametrize("case", cases_for(13, lambda case: 8 not in case.reasons), ids=str)
 TOWERS = pytest.mark.parametrize("case", cases_for(13, lambda case: not case.loss and 4 not in case.reasons), ids=str)
 
 
@@ -107,3 +109,30 @@ def test_an_exported_model_takes_any_batch_size(case):
     with torch.no_grad():
         ours, expected = called(program.module(), other), called(model, other)
         assert_equal(case.read(ours, other), case.read(expected, other))
+
+
+@SPEAKING
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_a_word_more_compiles_nothing_more(case, cache):
+    """One graph is of the prompt and one of a word after it; over a cache that grows, one more serves every length."""
+    model, graphs, after_each_word = case.build(), [], []
+    model.generation_config.update(eos_token_id=None, pad_token_id=0, do_sample=False, max_new_tokens=5)
+    raw = case.raw(3)
+    batch = dict(case.preparer(images=raw["images"], text=raw["text"], return_tensors="pt"))
+    options = {"cache_implementation": cache}
+    expected = model.generate(**batch, **options)
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def count(input_ids, scores):
+        after_each_word.append(len(graphs))
+        return scores
+
+    model.language_model.compile(backend=counting)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for _ in range(2):
+            found = model.generate(**batch, **options, logits_processor=LogitsProcessorList([count]))
+            assert torch.equal(found, expected)
+    assert after_each_word[0] and len(set(after_each_word[2:])) == 1, after_each_word

@@ -7,7 +7,7 @@ from accelerate import skip_first_batches
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader, Dataset
 
-from hf_mm.data.sampling import Draw, GroupBatchSampler
+from hf_mm.data.sampling import POOL, Draw, GroupBatchSampler
 
 GROUPS = [f"group {i % 10}" for i in range(35)] + ["alone", "alone too"]  # 12 groups
 
@@ -68,6 +68,26 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert epoch_of(GroupBatchSampler(GROUPS, 4, 2, seed=6), 0) != epoch_of(first, 0)
 
 
+def test_texts_of_a_batch_are_of_similar_length():
+    lengths = [(7 * number) % 11 for number in range(192)]
+    sampler = GroupBatchSampler(range(192), 4, seed=1, lengths=lengths)
+    plain = GroupBatchSampler(range(192), 4, seed=1)
+    for epoch in range(2):
+        batches = [[draw.index for draw in batch] for batch in epoch_of(sampler, epoch)]
+        assert sorted(sum(batches, [])) == list(range(192))
+        spreads = [max(own) - min(own) for own in ([lengths[index] for index in batch] for batch in batches)]
+        assert max(spreads) <= 4  # 32 pictures of a pool have 11 lengths, 4 neighbours of them at most 4
+        assert [min(lengths[index] for index in batch) for batch in batches[:POOL]] != sorted(
+            min(lengths[index] for index in batch) for batch in batches[:POOL]
+        )
+        drawn = [draw.index for batch in epoch_of(plain, epoch) for draw in batch]
+        pool = POOL * 4
+        for start in range(0, 192, pool):  # a pool holds what it would without lengths
+            own = sum(batches[start // 4 : start // 4 + POOL], [])
+            assert sorted(own) == sorted(drawn[start : start + pool])
+    assert epoch_of(sampler, 0) == epoch_of(GroupBatchSampler(range(192), 4, seed=1, lengths=lengths), 0)
+
+
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("num_groups", [16, 19, 21, 24])
 def test_ranks_share_the_batches_of_one_process(views, num_groups):
@@ -116,3 +136,10 @@ def test_resuming_reads_no_row_twice(skipped):
 def test_impossible_batches_are_refused(batch_size, views, sentence):
     with pytest.raises(ValueError, match=sentence):
         GroupBatchSampler(GROUPS, batch_size, views)
+
+
+def test_lengths_that_cannot_be_grouped_are_refused():
+    with pytest.raises(ValueError, match="views_per_group of 1, not 2"):
+        GroupBatchSampler(GROUPS, 4, 2, lengths=[1] * len(GROUPS))
+    with pytest.raises(ValueError, match="a length for each of 37 pictures, not 3"):
+        GroupBatchSampler(GROUPS, 4, lengths=[1, 2, 3])

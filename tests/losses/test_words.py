@@ -5,31 +5,38 @@ import math
 import pytest
 import torch
 
-from hf_mm.losses.words import IGNORED, word_loss
+from hf_mm.losses.words import IGNORED, PULL, word_loss
 
 
 def test_loss_is_the_equation():
-    """CE(softmax(a P (E - mean E)^T), w), averaged over the targets there are, loop by loop."""
+    """CE(softmax(a P (E - mean E)^T), w) + 0.3 |P - E_w|^2 / mean |E - mean E|^2, over the targets there are, by loops."""
     generator = torch.Generator().manual_seed(0)
     soft, words = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((3, 2, 5), (7, 5)))
     targets = torch.tensor([[0, 6], [3, IGNORED], [2, 2]])
     loss, right = word_loss(soft, words, targets, 1.7)
     costs, hits = [], []
     centred = words - words.mean(dim=0)
+    spread = sum(float(row @ row) for row in centred) / 7
     for i, k in [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)]:
         scores = [1.7 * float(soft[i, k] @ row) for row in centred]
-        costs.append(math.log(sum(map(math.exp, scores))) - scores[targets[i, k]])
+        miss = soft[i, k] - words[targets[i, k]]
+        costs.append(math.log(sum(map(math.exp, scores))) - scores[targets[i, k]] + PULL * float(miss @ miss) / spread)
         hits.append(scores.index(max(scores)) == int(targets[i, k]))
     assert loss.item() == pytest.approx(sum(costs) / 5)
     assert right.item() == pytest.approx(sum(hits) / 5)
 
 
-def test_what_all_words_have_in_common_tells_nothing():
+def test_what_all_words_have_in_common_tells_none_from_another():
     soft, words = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
     targets = torch.tensor([[0, 1, 2], [3, 4, 5]])
-    one, _ = word_loss(soft, words, targets, 2.0)
-    other, _ = word_loss(soft, words + 10 * torch.randn(4, dtype=torch.float64), targets, 2.0)
-    torch.testing.assert_close(one, other)
+    far = words + 10 * torch.randn(4, dtype=torch.float64)
+
+    def cross_entropy(words):
+        spread = words.var(dim=0, correction=0).sum()
+        misses = (soft - words[targets]).square().sum(dim=-1).mean()
+        return word_loss(soft, words, targets, 2.0)[0] - PULL * misses / spread
+
+    torch.testing.assert_close(cross_entropy(words), cross_entropy(far))
 
 
 def test_soft_tokens_at_their_words_cost_nothing_and_are_right():

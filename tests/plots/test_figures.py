@@ -1,4 +1,5 @@
 import io
+import re
 import subprocess
 import sys
 
@@ -13,16 +14,21 @@ from hf_mm.plots.figures import (
     GREEN,
     INK,
     LIGHT_GREEN,
+    plot_answers,
     plot_attention,
     plot_captions,
     plot_composed,
     plot_few_shot,
     plot_losses,
+    plot_matching_accuracy,
     plot_mistakes,
     plot_neighbours,
+    plot_query_attention,
     plot_recalls,
     plot_retrieval,
     plot_robustness,
+    plot_runs,
+    plot_stage1,
     plot_style_shift,
     plot_temperature,
     plot_words,
@@ -86,7 +92,7 @@ def test_a_plain_trainer_has_one_curve_and_no_legend():
     assert len(ax.lines) == 1 and ax.get_legend() is None
 
 
-@pytest.mark.parametrize(("plot", "word"), [(plot_losses, "a loss"), (plot_temperature, "a temperature")])
+@pytest.mark.parametrize(("plot", "word"), [(plot_losses, "'loss'"), (plot_temperature, "'temperature'")])
 def test_a_log_without_it_is_refused(plot, word):
     with pytest.raises(ValueError, match=f"no entry with {word}"):
         plot([{"step": 1, "train_runtime": 2.0}])
@@ -345,3 +351,109 @@ def test_what_does_not_belong_together_is_refused():
         plot_recalls({}, {}, "%")
     with pytest.raises(ValueError, match="as images, at least one, not 1, 1, 1, 2, 1"):
         plot_words(one, ["a"], [["b"]], [[0.1]], [[True], [False]])
+
+
+def test_answers_stand_in_order_beside_their_picture_and_right_ones_are_marked():
+    figure = plot_answers(
+        pictures(2),
+        ["red $1 cat", "x" * 50],
+        {"the model": ["dog", "z" * 40], "blind": ["red cat", "sun"]},
+        {"the model": [False, False], "blind": [True, False]},
+    )
+    for number, picture in enumerate(pictures(2)):
+        assert np.array_equal(shown(figure.axes[2 * number]), np.asarray(picture))
+    texts = [[text.get_text() for text in ax.texts] for ax in figure.axes[1::2]]
+    assert texts[0] == ["red $1 cat", "the model", "dog", "blind", "✓ red cat"]
+    assert texts[1][0].endswith("…") and texts[1][2].endswith("…") and texts[1][4] == "sun"
+    green = [[text.get_color() == GREEN for text in ax.texts] for ax in figure.axes[1::2]]
+    assert green == [[False, False, False, False, True], [False] * 5]
+
+
+@pytest.mark.parametrize("queries", [1, 6])
+def test_query_maps_stand_under_their_number_without_overlap(queries):
+    image = Image.new("RGB", (32, 32), "white")
+    maps = torch.zeros(2, queries, 2, 2)
+    for number in range(queries):
+        maps[0, number, number % 2, 0] = maps[1, number, number % 2, 1] = 1
+    figure = plot_query_attention(["one", "two"], [image] * 2, maps)
+    assert len(figure.axes) == 2 * (1 + queries)
+    for row in range(2):
+        axes = figure.axes[row * (1 + queries) :][: 1 + queries]
+        assert np.array_equal(shown(axes[0]), np.asarray(image))
+        for number, ax in enumerate(axes[1:]):
+            overlay = shown(ax).astype(int)
+            tint = overlay[..., 0] - overlay[..., 2]
+            y, x = np.unravel_index(tint.argmax(), tint.shape)
+            assert (y // 16, x // 16) == (number % 2, row)
+    header = [text for text in figure.texts if text.get_text() not in ("one", "two")]
+    assert [text.get_text() for text in header] == ["picture", *(f"query {number + 1}" for number in range(queries))]
+    figure.savefig(io.BytesIO(), format="svg")
+    boxes = [text.get_window_extent() for text in header]
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+    assert boxes[-1].x1 <= figure.bbox.x1
+
+
+STAGE1 = [
+    {"step": 1, "loss_itc": 4.0, "loss_itm": 0.7, "loss_itg": 5.0, "accuracy_itm_right_pair": 0.0}
+    | {"accuracy_itm_drawn_image": 1.0, "accuracy_itm_drawn_text": 0.9},
+    {"step": 2, "eval_loss": 1.0},
+    {"step": 3, "loss_itc": 3.0, "loss_itm": 0.5, "loss_itg": 2.0, "accuracy_itm_right_pair": 0.25}
+    | {"accuracy_itm_drawn_image": 0.75, "accuracy_itm_drawn_text": 0.5},
+]
+
+
+def test_losses_of_stage_1_stand_over_what_a_guess_without_looking_costs():
+    """The lines by torch's cross-entropy: of logits that are alike, and of the shares of right and drawn pairs."""
+    smooth = torch.nn.functional.cross_entropy(torch.ones(1, 96), torch.tensor([5]), label_smoothing=0.1).item()
+    shares = torch.tensor([[2 / 3, 1 / 3]]).log().expand(3, 2)
+    constant = torch.nn.functional.cross_entropy(shares, torch.tensor([1, 0, 0])).item()
+    figure = plot_stage1(STAGE1, batch_size=96, unigram_loss=3.5)
+    curves = [[[1, 4.0], [3, 3.0]], [[1, 0.7], [3, 0.5]], [[1, 5.0], [3, 2.0]]]
+    for ax, curve, height in zip(figure.axes, curves, (smooth, constant, 3.5), strict=True):
+        assert ax.lines[0].get_xydata().tolist() == curve
+        assert ax.lines[1].get_ydata() == pytest.approx([height] * 2, abs=1e-5)
+        assert f"{height:.2f}" in ax.get_title(loc="right") and ax.get_ylim()[1] > height
+    assert [ax.get_title(loc="left")[-4:-1] for ax in figure.axes] == ["ITC", "ITM", "ITG"]
+    assert [len(ax.lines) for ax in plot_stage1(STAGE1).axes] == [1, 2, 1]
+
+
+def test_matching_accuracy_is_drawn_apart_for_each_kind_of_pair():
+    lines = {line.get_label(): line.get_xydata().tolist() for line in plot_matching_accuracy(STAGE1).axes[0].lines}
+    assert lines == {
+        "right pair": [[1, 0], [3, 25]],
+        "drawn image": [[1, 100], [3, 75]],
+        "drawn text": [[1, 90], [3, 50]],
+    }
+
+
+def test_runs_share_their_axes():
+    figure = plot_runs({"with pictures": LOG, "without sight": [{"step": 5, "loss": 4.5}]})
+    (ax,) = figure.axes
+    assert {line.get_label(): line.get_xydata().tolist() for line in ax.lines} == {
+        "with pictures": [[10, 4], [20, 3]],
+        "without sight": [[5, 4.5]],
+    }
+    assert len({line.get_color() for line in ax.lines}) == 2
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["with pictures", "without sight"]
+
+
+@pytest.mark.parametrize(
+    ("plot", "arguments", "message"),
+    [
+        (plot_answers, ([], [], {}, {}), "at least one"),
+        (plot_answers, (pictures(1), ["a"], {"x": ["b", "c"]}, {"x": [True]}), "not 1, 2"),
+        (plot_answers, (pictures(1), ["a"], {"x": ["b"]}, {"y": [True]}), "of each speaker"),
+        (plot_query_attention, ([], [], torch.ones(0, 1, 2, 2)), "at least one"),
+        (plot_query_attention, (["a"], pictures(1), torch.ones(1, 2, 2)), "as (n, queries, rows, cols)"),
+        (plot_query_attention, (["a", "b"], pictures(1), torch.ones(1, 1, 2, 2)), "not 2 and (1, 1, 2, 2) for 1"),
+        (plot_stage1, (STAGE1, 0), "batch_size is 0"),
+        (plot_stage1, ([{"step": 1, "loss_itc": 1.0}],), "no entry with 'loss_itm'"),
+        (plot_matching_accuracy, (LOG,), "no entry with 'accuracy_itm_right_pair'"),
+        (plot_runs, ({},), "there are 0 runs"),
+        (plot_runs, (dict.fromkeys("abcd", LOG),), "there are 4 runs"),
+        (plot_runs, ({"a": LOG, "b": [{"step": 1}]},), "no entry with 'loss'"),
+    ],
+)
+def test_figures_of_blip2_refuse_what_they_cannot_draw(plot, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plot(*arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -76,6 +77,15 @@ def load_emoji(
     if unknown := [style for style in styles if style not in STYLES]:
         raise ValueError(f"unknown style {unknown[0]!r}: choose from {', '.join(STYLES)}.")
 
+    table = _table(split, tuple(styles), skin_tones)
+    if normalize_size:
+        fitted = _fitted_images(split, tuple(styles), skin_tones)
+        table = table.set_column(table.schema.get_field_index("image"), "image", fitted)
+    table = table.cast(FEATURES.arrow_schema)
+    return Dataset(InMemoryTable(table), info=DatasetInfo(features=FEATURES))
+
+
+def _table(split: str, styles: tuple[str, ...], skin_tones: bool) -> pa.Table:
     names = ["core", "core_openmoji"] + (["tones", "tones_openmoji"] if skin_tones else [])
     table = pa.concat_tables([pq.read_table(FOLDER / f"{name}.parquet", memory_map=True) for name in names])
     if split != "all":
@@ -84,17 +94,15 @@ def load_emoji(
     table = table.filter(pc.is_in(table["style"], pa.array(styles, pa.string()))).combine_chunks()
     if not table.num_rows:
         raise ValueError(f"split {split!r} has no picture in styles {list(styles)}: choose from {', '.join(held)}.")
-    if normalize_size:
-        table = table.set_column(table.schema.get_field_index("image"), "image", _fit_images(table["image"]))
-    table = table.cast(FEATURES.arrow_schema)
-    return Dataset(InMemoryTable(table), info=DatasetInfo(features=FEATURES))
+    return table
 
 
-def _fit_images(images: pa.ChunkedArray) -> pa.Array:
-    """Encoded pictures with their drawings at one size (lossless)."""
+@lru_cache(maxsize=8)
+def _fitted_images(split: str, styles: tuple[str, ...], skin_tones: bool) -> pa.Array:
+    """Encoded pictures with their drawings at one size (lossless), kept for the next call."""
     fitted = []
-    for image in images.to_pylist():
+    for image in _table(split, styles, skin_tones)["image"].to_pylist():
         file = io.BytesIO()
         fit_to_frame(PILImage.open(io.BytesIO(image["bytes"]))).save(file, "PNG", compress_level=1)
         fitted.append({"bytes": file.getvalue(), "path": image["path"]})
-    return pa.array(fitted, type=images.type)
+    return pa.array(fitted, type=FEATURES.arrow_schema.field("image").type)

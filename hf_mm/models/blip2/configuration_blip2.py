@@ -185,6 +185,19 @@ class MMBlip2Config(PreTrainedConfig):
             raise ValueError(f"itc_temperature divides and must be above 0, not {self.itc_temperature}.")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}.")
+        self._check_width()
+
+    def _check_width(self):
+        """A pass through a tower without weights, which most configs are spared: the last layer's width is declared."""
+        width = self.qformer_config.encoder_hidden_size
+        if self.vision_feature_layer == -1 and width == getattr(self.vision_config, "hidden_size", None):
+            return
+        own = tower_layout(self.vision_config, self.vision_feature_layer).width
+        if width != own:
+            raise ValueError(
+                f"qformer_config.encoder_hidden_size is {width}, but the features of the vision tower have width {own}: "
+                "leave it out, or give the tower that this Q-Former was made for."
+            )
 
 
 __all__ = ["MMBlip2Config", "MMBlip2QFormerConfig"]

@@ -23,22 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    Blip2Config,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import Blip2Config, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...composite.language_model import language_model_from_config
 from ...conversion.checkpoint import Checkpoint, merge, open_checkpoint
 from ...conversion.engine import Conversion, convert, stored_tensors
-from ...conversion.layouts import (
-    count_numbers,
-    declared_by,
-    refuse_variants,
-    require,
-)
+from ...conversion.layouts import count_numbers, declared_by, refuse_variants, require
 from ...conversion.rules import ConversionError, Rule, drop, listed, plan, rename
 from ..clip.image_processing_clip import MMClipImageProcessorPil
 from ..eva_vit import conversion_eva_vit as eva

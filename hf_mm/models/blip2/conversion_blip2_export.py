@@ -6,26 +6,18 @@ import copy
 from pathlib import Path
 
 import torch
-from transformers import (
-    Blip2Config,
-    PreTrainedModel,
-)
+from transformers import Blip2Config, PreTrainedModel
 from transformers.utils import logging
 
 from ...conversion.engine import export, stored_tensors, whole_folder
-from ...conversion.layouts import (
-    refuse_lacking,
-    save_published,
-)
+from ...conversion.layouts import refuse_lacking, save_published
 from ...conversion.pictures import processor_to_transformers
 from ...conversion.rules import Rule, drop, inverse, listed, rename
 from ..clip.configuration_clip import MMClipVisionConfig
 from ..eva_vit import conversion_eva_vit as eva
 from ..eva_vit.configuration_eva_vit import EvaViTConfig
 from .configuration_blip2 import MMBlip2Config
-from .conversion_blip2_parts import (
-    clip_layer,
-)
+from .conversion_blip2_parts import clip_layer
 from .conversion_blip2_rules import (
     IMAGE_WORD,
     LANGUAGE_MODEL,

@@ -21,14 +21,7 @@ from transformers import (
 
 from ...conversion.checkpoint import Checkpoint, Origin, merge
 from ...conversion.engine import stored_tensors
-from ...conversion.layouts import (
-    count_numbers,
-    declared_by,
-    first_line,
-    picture_side,
-    published_heads,
-    require,
-)
+from ...conversion.layouts import count_numbers, declared_by, first_line, picture_side, published_heads, require
 from ...conversion.rules import ConversionError, Rule, drop, listed, rename
 from ..clip.configuration_clip import MMClipConfig, MMClipVisionConfig, from_transformers_config
 from ..clip.conversion_clip import transformers_rules as clip_transformers_rules
@@ -36,14 +29,7 @@ from ..clip.modeling_clip import MMClipVisionModel
 from ..clip.openai_files import open_clip_source
 from ..eva_vit import conversion_eva_vit as eva
 from ..eva_vit.configuration_eva_vit import EvaViTConfig
-from .conversion_blip2_rules import (
-    CLIP_BLOCKS,
-    FIRST_WORD,
-    NO_CLIP,
-    TOWER,
-    clip_rules,
-    prefixed,
-)
+from .conversion_blip2_rules import CLIP_BLOCKS, FIRST_WORD, NO_CLIP, TOWER, clip_rules, prefixed
 
 
 @dataclass(frozen=True)

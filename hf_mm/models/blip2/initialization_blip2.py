@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from ...nn.patches import to_pair
 from ...nn.positions import resize_position_table
 from .modeling_qformer import MMBlip2QFormerModel, QFormerLMHead
 
@@ -72,12 +73,16 @@ def resize_tower(tower: PreTrainedModel, image_size: int) -> None:
     """Fits a vision tower to pictures of another size, once, as the published fine-tuning does (section 4).
 
     Raises:
-        ValueError: it has no table of positions on a grid that this knows.
+        ValueError: it has no table of positions on a grid that this knows, or its patches do not tile such pictures.
     """
     config = tower.config
     tables = [name for name, _ in tower.named_parameters() if name.endswith(POSITIONS)]
     if len(tables) != 1 or not hasattr(config, "grid_size"):
         raise ValueError(f"{config.model_type} has no table of positions that can be resized: leave image_size out.")
+    if any(image_size % side for side in to_pair(config.patch_size)):
+        raise ValueError(
+            f"image_size ({image_size}) must be a multiple of the tower's patch_size ({config.patch_size})."
+        )
     table, before = tower.get_parameter(tables[0]), config.grid_size
     config.image_size = image_size
     rows = table.reshape(-1, table.shape[-1])

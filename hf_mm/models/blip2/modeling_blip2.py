@@ -20,6 +20,7 @@ from ...composite.language_model import (
     language_model_from_config,
     open_language_model,
     read_embeds,
+    shared_start,
 )
 from .configuration_blip2 import MMBlip2Config
 from .modeling_blip2_base import AnyVisionTower, MMBlip2Model, MMBlip2ModelOutput, MMBlip2PreTrainedModel, opened
@@ -231,8 +232,10 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
         loss = outputs = None
         if labels is not None and self.training:
             kwargs.pop("use_cache")
+            slots = input_ids == self.config.image_token_id
+            shared = shared_start(self.language_model, input_ids, slots, attention_mask, labels)
             label_scores, targets = label_logits(
-                self.language_model, inputs_embeds, attention_mask, labels, **decoder, **kwargs
+                self.language_model, inputs_embeds, attention_mask, labels, shared, **decoder, **kwargs
             )
             loss = label_loss(label_scores, targets, num_items_in_batch)
         else:

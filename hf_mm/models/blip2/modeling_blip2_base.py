@@ -190,9 +190,8 @@ def opened(auto: type, source: str | PreTrainedModel) -> tuple[PreTrainedModel, 
     model = source if isinstance(source, PreTrainedModel) else auto.from_pretrained(source)
     name = source.name_or_path if isinstance(source, PreTrainedModel) else str(source)
     revision = getattr(model.config, "_commit_hash", None)
-    model = (
-        vision_encoder(model) if auto is AnyVisionTower else model
-    )  # which, of a whole model, has no name of its own
+    if auto is AnyVisionTower:
+        model = vision_encoder(model)  # which, of a whole model, has no name of its own
     return model, {"name": name, "revision": revision}
 
 

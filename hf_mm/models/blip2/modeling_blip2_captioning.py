@@ -47,6 +47,8 @@ class MMBlip2ForQFormerCaptioning(MMBlip2PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MMBlip2Config, vision_tower: PreTrainedModel | None = None):
         super().__init__(config, vision_tower)
+        if not config.qformer_config.use_text:
+            raise ValueError("captions are texts of the Q-Former, which this one has none of: set use_text.")
         self.lm_head = QFormerLMHead(config.qformer_config)
         self.post_init()
         ids = config.qformer_config
@@ -148,6 +150,13 @@ class MMBlip2ForQFormerCaptioning(MMBlip2PreTrainedModel, GenerationMixin):
             pixel_values: ``(B, C, H, W)``.
             input_ids: ``(B, T)``, what the captions begin with, ``[CLS]`` or ``[DEC]`` first; by default that alone.
             vision_features: ``(B, N, E)`` in place of pixels.
+            **kwargs: of `transformers.GenerationMixin.generate`.
+
+        Returns:
+            ``(B, T)``, `input_ids` and what follows.
+
+        Raises:
+            ValueError: both or neither of pixels and features, or texts padded on the right.
         """
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("a caption needs a picture: give either pixel_values or vision_features.")

@@ -30,7 +30,7 @@ from ...losses.matching import (
 )
 from .configuration_blip2 import MMBlip2Config
 from .modeling_blip2_base import MMBlip2PreTrainedModel
-from .modeling_qformer import KeysValues, MMBlip2QFormerOutput, QFormerLMHead
+from .modeling_qformer import KeysValues, MMBlip2QFormerOutput, QFormerLMHead, number_of_pictures
 
 
 @dataclass
@@ -157,11 +157,11 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
         keys_values = self.qformer.picture_keys_values(
             self._picture_tokens(pixel_values, vision_features, interpolate_pos_encoding)
         )
-        num_images, num_texts = next(filter(None, keys_values))[0].shape[0], input_ids.shape[0]
+        num_images, num_texts = number_of_pictures(keys_values), input_ids.shape[0]
         if pairs is None:
             chosen = torch.cartesian_prod(torch.arange(num_images), torch.arange(num_texts)).view(-1, 2)
         else:
-            chosen = check_pairs_of(pairs, num_images, num_texts)
+            chosen = _check_pairs_of(pairs, num_images, num_texts)
         chosen = chosen.to(input_ids.device)
         logits = [
             self._match(
@@ -230,6 +230,7 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
             )
 
         gather = self.training if gather_loss is None else gather_loss
+        same = same_image(image_embeds, image_ids, gather and is_distributed())
         loss_itc, per_image, per_text = query_text_contrastive_loss(
             image_embeds,
             text_embeds,
@@ -238,10 +239,10 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
             self.config.label_smoothing,
             gather=gather,
             gather_with_grad=self.config.gather_with_grad,
+            same=same,
         )
         if generator is None and not self.training and not torch.compiler.is_compiling():
             generator = torch.Generator().manual_seed(0)
-        same = same_image(image_embeds, image_ids, gather and is_distributed())
         drawn_images, has_image = draw_hard_negatives(per_text, same, generator, gather)
         drawn_texts, has_text = draw_hard_negatives(per_image, same, generator, gather)
         negatives, valid = (drawn_images, drawn_texts), (has_image, has_text)
@@ -410,7 +411,7 @@ def text_generation_loss(
     return mean_of_labelled(logits, labels, label_smoothing, gather), right.detach()
 
 
-def check_pairs_of(pairs: torch.Tensor, num_images: int, num_texts: int) -> torch.Tensor:
+def _check_pairs_of(pairs: torch.Tensor, num_images: int, num_texts: int) -> torch.Tensor:
     """Raises ValueError where pairs name pictures or texts that are not there."""
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise ValueError(f"pairs must be (pairs, 2), a picture and a text each, not {tuple(pairs.shape)}.")

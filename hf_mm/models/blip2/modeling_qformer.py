@@ -21,7 +21,7 @@ from ...nn.blocks import MLP
 from ...nn.pretrained import MMPreTrainedModel
 from .configuration_blip2 import MMBlip2QFormerConfig
 
-KeysValues = Sequence[tuple[torch.Tensor, torch.Tensor]]
+KeysValues = Sequence[tuple[torch.Tensor, torch.Tensor] | None]
 TextMode = Literal["unimodal", "bidirectional", "causal", "fused"]
 QUERY, TEXT, CAUSAL_TEXT = range(3)
 
@@ -198,14 +198,18 @@ class MMBlip2QFormerModel(MMPreTrainedModel):
             cache: filled by this pass; one that is filled already holds the queries and the text before `input_ids`.
 
         Raises:
-            ValueError: nothing is given, text to a Q-Former without text, a text longer than `max_position_embeddings`,
-                or features of another width.
+            ValueError: nothing is given, pictures in two ways, text to a Q-Former without text, a text longer than
+                `max_position_embeddings`, features of another width, or a cache of what cannot go on word by word.
         """
         config = self.config
-        if encoder_hidden_states is not None and picture_keys_values is None:
+        if encoder_hidden_states is not None:
+            if picture_keys_values is not None:
+                raise ValueError("give either encoder_hidden_states or picture_keys_values, not both.")
             picture_keys_values = self.picture_keys_values(encoder_hidden_states)
         with_queries = picture_keys_values is not None
         past = cache.get_seq_length() if cache is not None else 0
+        if cache is not None:
+            _check_cache(past, with_queries, text_mode)
         self._check(picture_keys_values, input_ids, attention_mask, text_mode, past)
         position_ids = text_mask = None
         if input_ids is not None:
@@ -214,9 +218,7 @@ class MMBlip2QFormerModel(MMPreTrainedModel):
                 input_ids = torch.cat([input_ids, self.begun_by_dec(input_ids, attention_mask)], dim=1)
                 position_ids, text_mask = (torch.cat([whole, whole], dim=1) for whole in (position_ids, text_mask))
 
-        batch_size = (
-            input_ids.shape[0] if input_ids is not None else next(filter(None, picture_keys_values))[0].shape[0]
-        )
+        batch_size = input_ids.shape[0] if input_ids is not None else number_of_pictures(picture_keys_values)
         hidden_states = self.embeddings(batch_size, with_queries, input_ids, position_ids)
         num_queries = config.num_query_tokens if with_queries else 0
         mask = self._mask(hidden_states, num_queries, text_mask, text_mode, past)
@@ -272,7 +274,7 @@ class MMBlip2QFormerModel(MMPreTrainedModel):
                     f"attention_mask must cover the {seen} tokens of the text so far, not {attention_mask.shape[1]}."
                 )
         if picture_keys_values is not None:
-            pictures = next(filter(None, picture_keys_values))[0].shape[0]
+            pictures = number_of_pictures(picture_keys_values)
             if pictures != input_ids.shape[0]:
                 raise ValueError(f"there are {pictures} pictures for {input_ids.shape[0]} texts: give one each.")
         if text_mode not in get_args(TextMode):
@@ -290,12 +292,7 @@ class MMBlip2QFormerModel(MMPreTrainedModel):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions ``(B, T)`` of the new tokens, padding passed over, and the mask of all text, ``(B, T_past + T)``."""
-        config = self.config
-        if not config.use_text:
-            raise ValueError(
-                "this Q-Former has no text (use_text is False): leave input_ids out, or use one that has."
-            )
-        length = input_ids.shape[1]
+        config, length = self.config, input_ids.shape[1]
         if attention_mask is None:
             past_text = max(past - config.num_query_tokens, 0)
             attention_mask = input_ids.new_ones(input_ids.shape[0], past_text + length)
@@ -346,8 +343,23 @@ class MMBlip2QFormerModel(MMPreTrainedModel):
     ) -> torch.Tensor | None:
         if keys_values is None or encoder_attention_mask is None:
             return None
-        source = next(filter(None, keys_values))[0]
-        return create_bidirectional_mask(self.config, queries, encoder_attention_mask, encoder_hidden_states=source)
+        keys, _ = keys_values[0]
+        return create_bidirectional_mask(self.config, queries, encoder_attention_mask, encoder_hidden_states=keys)
+
+
+def number_of_pictures(keys_values: KeysValues) -> int:
+    """B of what `picture_keys_values()` gives: the first block looks at pictures, whichever others do."""
+    keys, _ = keys_values[0]
+    return keys.shape[0]
+
+
+def _check_cache(past: int, with_queries: bool, text_mode: TextMode) -> None:
+    if text_mode != "causal":
+        raise ValueError(f"a text that is read in text_mode {text_mode!r} cannot go on word by word: take 'causal'.")
+    if past and with_queries:
+        raise ValueError("the cache holds the picture already: leave pictures out.")
+    if not past and not with_queries:
+        raise ValueError("a cache begins with a picture: give one with the first words.")
 
 
 class QFormerLMHead(nn.Module):

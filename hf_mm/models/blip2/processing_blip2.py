@@ -17,7 +17,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.utils.generic import to_py_obj
 
-from ...image_utils import is_nest
+from ...image_utils import deal_out, is_nest
 from ..clip.tokenization_clip import check_texts
 from .text_blip2 import QUESTION_TEMPLATE, SHORT_ANSWER_TEMPLATE, clean_caption, clean_question, split_prefix
 
@@ -246,11 +246,9 @@ class MMBlip2Processor(ProcessorMixin):
         for row, words in enumerate(suffixes or ()):
             if self.image_token in words:
                 raise ValueError(f"Suffix {row} has a picture: pictures belong into text, what is learnt is words.")
-        counts, images = deal_out(images, [row.count(self.image_token) for row in texts], one, num_images)
-        texts = [
-            row if row.count(self.image_token) == count else self.image_token + row
-            for row, count in zip(texts, counts, strict=True)
-        ]
+        marks = [row.count(self.image_token) for row in texts]
+        counts, images = deal_out(images, marks, one, num_images)
+        texts = [self._marked(row, texts[row], *pair) for row, pair in enumerate(zip(marks, counts, strict=True))]
         data = {}
         if mode == "vqa":
             texts, questions = zip(*map(self._ask, texts, range(len(texts))), strict=True)
@@ -262,7 +260,18 @@ class MMBlip2Processor(ProcessorMixin):
         for row, words in enumerate(suffixes or ()):
             if not words.strip():
                 raise ValueError(f"Suffix {row} is empty: fill the caption or answer in or leave its row out.")
-        return self._encode_rows(texts, suffixes, mode, options) | data, images
+        return self._encode_rows(texts, suffixes, mode, options) | data, images or None
+
+    def _marked(self, row: int, text: str, marks: int, pictures: int) -> str:
+        """The text with a mark for each of its pictures: where it has none, the only picture comes first."""
+        if (marks, pictures) == (0, 1):
+            return self.image_token + text
+        if marks != pictures:
+            raise ValueError(
+                f"Text {row} has {marks} image tokens for {pictures} pictures: write one for each picture, or none where "
+                "the only picture comes first."
+            )
+        return text
 
     def _check_arguments(self, mode: str, text: Any, suffix: Any, rng: Any) -> None:
         if mode == "caption" and suffix is None:
@@ -338,7 +347,9 @@ class MMBlip2Processor(ProcessorMixin):
         self, texts: Sequence[str], suffixes: list[str] | None, mode: str, options: dict
     ) -> dict[str, list]:
         training = suffixes is not None
-        prompts = [self._encode_prompt(text, options.get("add_special_tokens", True)) for text in texts]
+        special = options.get("add_special_tokens", True)
+        encoded = {text: self._encode_prompt(text, special) for text in dict.fromkeys(texts)}  # many share theirs
+        prompts = [encoded[text] for text in texts]
         cut = options.get("truncation", training) not in (None, False, "do_not_truncate")
         limit = self.max_text_length if cut else None
         if not training:
@@ -599,44 +610,6 @@ class _Prompt:
                 f"Row {row} was cut to {length} tokens before the end of a picture: give it more, or less text."
             )
         return kept + self.end
-
-
-def deal_out(
-    images: Any, marks: list[int], one_text: bool, num_images: int | Sequence[int] | None
-) -> tuple[list[int], list | None]:
-    """How many pictures each text holds, and all of them in reading order.
-
-    A flat list of as many pictures as there are marks is dealt out by them, any other one for each text.
-
-    Raises:
-        ValueError: a row has more or fewer marks than pictures, unless it has no mark and one picture.
-    """
-    flat = None
-    if images is None:
-        one_count = num_images is None or isinstance(num_images, int)
-        counts = [num_images or 0] * len(marks) if one_count else list(num_images)
-    elif num_images is not None:
-        raise ValueError("num_images counts pictures whose features are given: leave it out where images are.")
-    else:
-        per_row = list(images) if is_nest(images) else [images]
-        if one_text and not (len(per_row) == 1 and is_nest(per_row[0])):
-            per_row = [per_row]
-        if any(map(is_nest, per_row)):
-            per_row = [list(row) if is_nest(row) else [row] for row in per_row]
-            counts = list(map(len, per_row))
-            flat = list(chain.from_iterable(per_row))
-        else:
-            flat = per_row
-            counts = marks if len(flat) == sum(marks) else [1] * len(flat)
-    if len(counts) != len(marks):
-        raise ValueError(f"There are pictures for {len(counts)} texts, but {len(marks)} texts: give one each.")
-    for row, (there, wanted) in enumerate(zip(marks, counts, strict=True)):
-        if there != wanted and (there, wanted) != (0, 1):
-            raise ValueError(
-                f"Text {row} has {there} image tokens for {wanted} pictures: write one for each picture, or none where "
-                "the only picture comes first."
-            )
-    return list(counts), flat or None
 
 
 def _as_rows(ids: Any) -> tuple[list[list[int]], bool]:

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from ...image_utils import is_nest
+from ...image_utils import deal_out
 from ..clip.tokenization_clip import check_texts
 
 
@@ -70,7 +70,9 @@ class Pic2WordProcessor(ProcessorMixin):
             one, texts = isinstance(text, str), check_texts(text)
             texts = [texts] if one else texts
             rows = [self._split(row) for row in texts]
-            counts, images = deal_out(images, [len(row) - 1 for row in rows], one, num_images)
+            marks = [len(row) - 1 for row in rows]
+            counts, images = deal_out(images, marks, one, num_images, one_each=True)
+            self._check_counts(marks, counts)
             data |= self._encode(rows, counts, {**options["text_kwargs"], "return_tensors": None})
         if images is not None:
             data |= self.image_processor(images, **{**options["images_kwargs"], "return_tensors": tensor_type})
@@ -81,6 +83,14 @@ class Pic2WordProcessor(ProcessorMixin):
         placeholder = re.escape(self.placeholder)
         pieces = re.split(rf"(?<!\\){placeholder}", text)
         return [piece.replace("\\" + self.placeholder, self.placeholder) for piece in pieces]
+
+    def _check_counts(self, marks: list[int], counts: list[int]) -> None:
+        for row, (there, wanted) in enumerate(zip(marks, counts, strict=True)):
+            if there != wanted:
+                raise ValueError(
+                    f"Text {row} has {there} placeholders for {wanted} pictures: write one * for each picture, and \\* for "
+                    "a star that is none."
+                )
 
     def _encode(self, rows: list[list[str]], counts: list[int], options: dict) -> dict[str, list]:
         glue = f" {self.placeholder} "
@@ -108,43 +118,6 @@ class Pic2WordProcessor(ProcessorMixin):
                     )
                 mask[place] = True
         return {**encoded, "placeholder_mask": masks}
-
-
-def deal_out(
-    images: Any, placeholders: list[int], one_text: bool, num_images: int | Sequence[int] | None
-) -> tuple[list[int], list | None]:
-    """How many pictures each text holds, and all of them in reading order.
-
-    Raises:
-        ValueError: a row has more or fewer placeholders than pictures.
-    """
-    flat = None
-    if images is None:
-        one_count = num_images is None or isinstance(num_images, int)
-        counts = [num_images or 0] * len(placeholders) if one_count else list(num_images)
-    elif num_images is not None:
-        raise ValueError("num_images counts pictures whose features are given: leave it out where images are.")
-    else:
-        per_row = list(images) if is_nest(images) else [images]
-        if one_text and not (len(per_row) == 1 and is_nest(per_row[0])):
-            per_row = [per_row]
-        if any(map(is_nest, per_row)):
-            per_row = [list(row) if is_nest(row) else [row] for row in per_row]
-            counts = list(map(len, per_row))
-            flat = [image for row in per_row for image in row]
-        else:
-            flat = per_row
-            one_each = len(flat) == len(placeholders) or len(flat) != sum(placeholders)
-            counts = [1] * len(flat) if one_each else placeholders
-    if len(counts) != len(placeholders):
-        raise ValueError(f"there are pictures for {len(counts)} texts, but {len(placeholders)} texts: give one each.")
-    for row, (there, wanted) in enumerate(zip(placeholders, counts, strict=True)):
-        if there != wanted:
-            raise ValueError(
-                f"Text {row} has {there} placeholders for {wanted} pictures: write one * for each picture, and \\* for "
-                "a star that is none."
-            )
-    return list(counts), flat
 
 
 __all__ = ["Pic2WordProcessor"]

@@ -110,6 +110,13 @@ def test_a_tower_without_positions_cannot_be_resized():
         resize_tower(ResNetModel(ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1])), 32)
 
 
+def test_a_size_that_patches_do_not_tile_is_refused_and_nothing_is_changed():
+    tower = AutoModel.from_config(AutoConfig.for_model("eva_vit", **SHAPE, image_size=16, patch_size=4))
+    with pytest.raises(ValueError, match=r"image_size \(26\).*patch_size \(4\)"):
+        resize_tower(tower, 26)
+    assert tower.config.image_size == 16 and tower.embeddings.position_embeddings.shape[1] == 17
+
+
 CORPUS = ["Smiling face", "smiling cat", "grinning face with smiling eyes", "Frowning face!"] * 2
 
 

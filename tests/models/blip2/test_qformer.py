@@ -14,7 +14,7 @@ from qformer_oracle import (
     relative_error,
     texts_of,
 )
-from transformers import AutoModel
+from transformers import AutoModel, DynamicCache
 
 from hf_mm.models.blip2.modeling_qformer import MMBlip2QFormerModel
 
@@ -329,6 +329,22 @@ class TestRefusals:
     def test_features_of_another_width(self):
         with pytest.raises(ValueError, match=r"24.*20|20.*24"):
             qformer()(features_of(1, width=24))
+
+    def test_pictures_in_two_ways(self):
+        model, features = qformer(), features_of(2)
+        with pytest.raises(ValueError, match="either encoder_hidden_states or picture_keys_values"):
+            model(features, picture_keys_values=model.picture_keys_values(features))
+
+    def test_a_cache_of_what_cannot_go_on(self):
+        model, (features, ids, mask) = qformer(), batch()
+        with pytest.raises(ValueError, match="'bidirectional'.*'causal'"):
+            model(features, ids, mask, cache=DynamicCache())
+        with pytest.raises(ValueError, match="begins with a picture"):
+            model(input_ids=ids, text_mode="causal", cache=DynamicCache())
+        cache = DynamicCache()
+        model(features, ids, text_mode="causal", cache=cache)
+        with pytest.raises(ValueError, match="holds the picture already"):
+            model(features, ids[:, :1], text_mode="causal", cache=cache)
 
 
 @pytest.mark.parametrize("use_text", [True, False])

@@ -17,7 +17,7 @@ from qformer_oracle import (
     texts_of,
 )
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, LogitsProcessorList
 
 from hf_mm.models.blip2.modeling_blip2 import MMBlip2ForPreTraining, MMBlip2ForQFormerCaptioning
 
@@ -227,6 +227,27 @@ class TestGenerate:
             for ours, feature in zip(out, features, strict=True):
                 assert ours.tolist() == oracle.caption(feature, torch.empty(0, dtype=torch.long), 5).tolist()
 
+    def test_a_word_more_compiles_nothing_more(self):
+        """One graph is of the picture, one of a word after it, and one more of words at every later place."""
+        torch._dynamo.reset()
+        model, features = captioner("sdpa", sep_bias=-50.0, num_hidden_layers=2), features_of(3)
+        settings = {"max_new_tokens": 5, "do_sample": False}
+        expected, graphs, after_each_word = model.generate(vision_features=features, **settings), [], []
+
+        def counting(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        def count(input_ids, scores):
+            after_each_word.append(len(graphs))
+            return scores
+
+        model.qformer.compile(backend=counting)
+        found = model.generate(vision_features=features, logits_processor=LogitsProcessorList([count]), **settings)
+        assert torch.equal(found, expected)
+        assert after_each_word[0] and len(set(after_each_word[2:])) == 1, after_each_word
+        torch._dynamo.reset()
+
     @pytest.mark.parametrize("given", ["both", "neither"])
     def test_pictures_or_features(self, given):
         pictures_given = {"pixel_values": pictures(2), "vision_features": features_of(2)} if given == "both" else {}
@@ -268,6 +289,10 @@ class TestRefusals:
             model(input_ids=ids[:, -1:], vision_features=features_of(2), cache=cache)
         with pytest.raises(ValueError, match="must cover the 4 tokens"):
             model(input_ids=ids[:, -1:], attention_mask=mask[:, -1:], cache=cache)
+
+    def test_a_q_former_without_text(self):
+        with pytest.raises(ValueError, match="set use_text"):
+            captioner(use_text=False)
 
     def test_no_text(self):
         with pytest.raises(ValueError, match="call generate"):
