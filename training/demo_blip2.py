@@ -195,9 +195,7 @@ def look(folders: dict[str, Path]) -> dict[str, Any]:
     tower = Tower.open(settings["stage1"]["vision_tower"])
     sight, blind = (opened(MMBlip2ForConditionalGeneration, folders[name]) for name in ("stage2", "blind"))
     unseen = unseen_picture(*sight)
-    blind_caption = generate_texts(
-        *blind, None, vision_features=unseen, progress=False, max_new_tokens=settings["stage2"]["max_new_tokens"]
-    )[0]
+    blind_caption = generate_texts(*blind, None, vision_features=unseen, progress=False)[0]
     splits = {}
     for split in SPLITS:
         own = emoji_set(split, settings["stage2"]["eval_pictures"])
@@ -321,7 +319,7 @@ def show(folder: Path, pictures: int = 8) -> None:
     unseen = load_emoji("concept", normalize_size=True).shuffle(seed=1).select(range(pictures))
     print("\nNew emoji, and what they are taken for:")
     for row in unseen:
-        said = describe(images=row["image"], text="", return_full_text=False, max_new_tokens=12)
+        said = describe(images=row["image"], text="", return_full_text=False)
         print(f"  {row['caption'] + ' by ' + row['style']:<44}→ {said[0]['generated_text'].strip()}")
 
 

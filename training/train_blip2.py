@@ -724,6 +724,8 @@ def train(argv: list[str] | None = None) -> Path:
     if model_args.stage in ("words", "stage2", "captioning"):
         data, blank = data.without_blank()
     model, processor = build(model_args, data)
+    if model_args.stage not in QFORMER_STAGES:
+        model.generation_config.update(**eval_args.generation)
     model.to(args.device)
     data = replace(data, tokens_of=lambda texts: processor.tokenizer(texts)["input_ids"])
     collator = collator_of(model_args, processor, data, ImageAugmentation(augment_args))

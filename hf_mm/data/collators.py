@@ -32,6 +32,7 @@ from .sampling import Draw
 logger = logging.get_logger(__name__)
 
 IGNORED = -100  # the label of what is not learnt
+MOST_KNOWN = 2**16  # captions whose tokens are kept
 
 TextOf = Callable[[ImageText, Random], str]
 LabelOf = Callable[[ImageText], str]
@@ -239,13 +240,14 @@ class CaptionedFeatures(torch.utils.data.Dataset):
     def __getitems__(self, draws: Sequence[Draw | int]) -> list[dict[str, Any]]:
         draws = [draw if isinstance(draw, Draw) else Draw(0, draw) for draw in draws]
         given = self.features.__getitems__(draws)
+        columns = self.rows[[draw.index for draw in draws]]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         return [
-            {**self.samples.words(self._read(draw.index, row["group"]), draw), **row}
-            for draw, row in zip(draws, given, strict=True)
+            {**self.samples.words(self._sample(draw.index, row, own["group"]), draw), **own}
+            for draw, row, own in zip(draws, rows, given, strict=True)
         ]
 
-    def _read(self, index: int, group: str) -> ImageText:
-        row = self.rows[index]
+    def _sample(self, index: int, row: dict[str, Any], group: str) -> ImageText:
         return ImageText(None, self.columns.captions(row), f"row {index}", group, row)
 
 
@@ -424,14 +426,21 @@ class WordCollator(LanguageCollator):
         super().__init__(processor, "caption", augmentation, blind)
         alone = processor(num_images=[1], return_tensors="pt")["input_ids"]
         self.begin = 0 if processor.is_encoder_decoder else alone.shape[1]
-        known, captions = {processor.eos_token_id}, iter(captions)
+        ids, captions = {processor.eos_token_id}, iter(captions)
         while chunk := list(islice(captions, 1024)):
-            known.update(self._tokens(chunk).flatten().tolist())
-        self.word_ids = torch.tensor(sorted(known))
+            ids.update(self._tokens(chunk).flatten().tolist())
+        self.word_ids = torch.tensor(sorted(ids))
+        self.known: dict[str, torch.Tensor] = {}
 
     def texts(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """`word_targets` ``(B, Nq)``: the first tokens of the captions, counted in `word_ids`, filled up with the end."""
-        tokens = self._tokens([sample["text"] for sample in samples])
+        captions = [sample["text"] for sample in samples]
+        if new := list(dict.fromkeys(caption for caption in captions if caption not in self.known)):
+            if len(self.known) + len(new) > MOST_KNOWN:
+                self.known.clear()
+                new = list(dict.fromkeys(captions))
+            self.known |= zip(new, self._tokens(new), strict=True)
+        tokens = torch.stack([self.known[caption] for caption in captions])
         targets = torch.searchsorted(self.word_ids, tokens).clamp(max=len(self.word_ids) - 1)
         return {"word_targets": targets.masked_fill(self.word_ids[targets] != tokens, IGNORED)}
 
