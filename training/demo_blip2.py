@@ -298,6 +298,19 @@ def cells_of(measure: str, row: dict[str, Any], accept: dict[str, float]) -> lis
     return [*cells, f"{sign}{accept[reached]:.{digits}f}"]
 
 
+def markdown(figures: dict[str, Any]) -> str:
+    """The splits whose captions are ranked as a table; in brackets what the model has with other pictures."""
+    columns = [name for split in RANKED for name in (TITLES[split], "blind", "tower alone", "chance")]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for measure, title in MEASURES.items():
+        cells = []
+        for split in RANKED:
+            model, other, *others, _ = cells_of(measure, figures["splits"][split], {})
+            cells += [f"**{model}**" + ("" if other == "–" else f" ({other})"), *others]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def missed(figures: dict[str, Any]) -> list[str]:
     """What a run should have reached and did not, in words."""
     found = []

@@ -652,9 +652,11 @@ def caption_nll(model: nn.Module, processor: MMBlip2Processor, own: TestSet, bat
         return (nats.view(labels.shape).sum(dim=1) / (labels != -100).sum(dim=1)).cpu()
 
     def nll(rows: torch.Tensor, captions: list[str]) -> torch.Tensor:
-        starts = range(0, len(rows), batch_size)
-        parts = [slice(start, start + batch_size) for start in starts]
-        return torch.cat([cost(rows[part].tolist(), list(captions[part])) for part in parts])
+        by_length = torch.tensor([len(caption) for caption in captions]).argsort()  # little padding
+        costs = torch.empty(len(rows))
+        for part in by_length.split(batch_size):
+            costs[part] = cost(rows[part].tolist(), [captions[place] for place in part.tolist()])
+        return costs
 
     return nll
 

@@ -11,7 +11,7 @@ from hf_mm.data.emoji import load_emoji
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 
-from demo_blip2 import BLIND, CANDIDATES, GROUP, Candidates, cells_of, missed
+from demo_blip2 import BLIND, CANDIDATES, GROUP, Candidates, cells_of, markdown, missed
 from train_blip2 import emoji_rows
 
 
@@ -102,3 +102,10 @@ def test_what_is_reached():
 )
 def test_cells_of_the_table(measure, cells):
     assert cells_of(measure, FIGURES["splits"]["cell"], FIGURES["accept"]["cell"]) == cells
+
+
+def test_the_table_in_markdown():
+    cell = FIGURES["splits"]["cell"]
+    lines = markdown({"splits": {"cell": cell, "concept": cell}}).splitlines()
+    assert {line.count("|") for line in lines} == {10}
+    assert "| nats per token | **3.00** (4.00) | 3.50 | – | – | **3.00** (4.00) | 3.50 | – | – |" in lines
