@@ -3,6 +3,7 @@ word warm-up between the stages."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ from ..models.blip2.modeling_blip2_stage1 import ACCURACIES, MMBlip2ForImageText
 from .picture import PictureTrainer, PictureTrainingArguments
 
 PARTS = ("loss_itc", "loss_itm", "loss_itg", "accuracy")
-WORD_SCALE = 3.0
+WORD_LOGIT_SCALE = math.log(30)
 
 
 @dataclass
@@ -132,14 +133,14 @@ class WordWarmupOutput(ModelOutput):
 class WordWarmup(MMBlip2ForConditionalGeneration):
     """A model of stage 2 whose soft tokens learn the words of captions before the language model runs, see `word_loss`.
 
-    Its checkpoints have one weight beyond those of the model, the scale of the logits.
+    Its checkpoints have one weight beyond those of the model, the logarithm of the logits' scale, `logit_scale`.
     """
 
     accepts_loss_kwargs = False
 
     def __init__(self, config, vision_tower=None, language_model=None):
         super().__init__(config, vision_tower, language_model)
-        self.word_scale = nn.Parameter(torch.full((1,), WORD_SCALE))
+        self.logit_scale = nn.Parameter(torch.tensor(WORD_LOGIT_SCALE))
         self.register_buffer("words", None, persistent=False)
 
     @classmethod
@@ -167,8 +168,8 @@ class WordWarmup(MMBlip2ForConditionalGeneration):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if module is self and hasattr(self, "word_scale"):
-            init.constant_(self.word_scale, WORD_SCALE)
+        if module is self and hasattr(self, "logit_scale"):
+            init.constant_(self.logit_scale, WORD_LOGIT_SCALE)
 
     def forward(
         self,
@@ -183,5 +184,5 @@ class WordWarmup(MMBlip2ForConditionalGeneration):
             pixel_values, vision_features: of B pictures.
         """
         soft_tokens = self.get_image_features(pixel_values, vision_features, return_dict=True).pooler_output
-        loss, accuracy = word_loss(soft_tokens, self.words, word_targets, self.word_scale)
+        loss, accuracy = word_loss(soft_tokens, self.words, word_targets, self.logit_scale.exp())
         return WordWarmupOutput(loss=loss, accuracy=accuracy)

@@ -9,7 +9,7 @@ from hf_mm.losses.words import IGNORED, PULL, word_loss
 
 
 def test_loss_is_the_equation():
-    """CE(softmax(a P (E - mean E)^T), w) + 0.3 |P - E_w|^2 / mean |E - mean E|^2, over the targets there are, by loops."""
+    """CE(softmax(a P (E - mean E)^T / s), w) + 0.3 |P - E_w|^2 / s with s = mean |E - mean E|^2, over the targets there are, by loops."""
     generator = torch.Generator().manual_seed(0)
     soft, words = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((3, 2, 5), (7, 5)))
     targets = torch.tensor([[0, 6], [3, IGNORED], [2, 2]])
@@ -18,7 +18,7 @@ def test_loss_is_the_equation():
     centred = words - words.mean(dim=0)
     spread = sum(float(row @ row) for row in centred) / 7
     for i, k in [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)]:
-        scores = [1.7 * float(soft[i, k] @ row) for row in centred]
+        scores = [1.7 * float(soft[i, k] @ row) / spread for row in centred]
         miss = soft[i, k] - words[targets[i, k]]
         costs.append(math.log(sum(map(math.exp, scores))) - scores[targets[i, k]] + PULL * float(miss @ miss) / spread)
         hits.append(scores.index(max(scores)) == int(targets[i, k]))
@@ -42,8 +42,9 @@ def test_what_all_words_have_in_common_tells_none_from_another():
 def test_soft_tokens_at_their_words_cost_nothing_and_are_right():
     words = 10 * torch.eye(4)
     targets = torch.tensor([[2, 0]])
-    loss, right = word_loss(words[targets], words, targets, 1.0)
-    assert loss < 1e-6 and right == 1
+    for size in (1, 1e-3):
+        loss, right = word_loss(size * words[targets], size * words, targets, 30.0)
+        assert loss < 1e-6 and right == 1
 
 
 def test_gradients_reach_soft_tokens_and_scale_and_are_zero_without_targets():

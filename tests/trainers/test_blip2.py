@@ -12,7 +12,13 @@ from hf_mm.losses.words import word_loss
 from hf_mm.models.blip2.configuration_blip2 import MMBlip2Config
 from hf_mm.models.blip2.modeling_blip2 import MMBlip2ForConditionalGeneration
 from hf_mm.models.blip2.modeling_blip2_stage1 import ACCURACIES, MMBlip2ForPreTraining
-from hf_mm.trainers.blip2 import Blip2Trainer, Blip2TrainingArguments, WordWarmup, layer_decay_factors
+from hf_mm.trainers.blip2 import (
+    WORD_LOGIT_SCALE,
+    Blip2Trainer,
+    Blip2TrainingArguments,
+    WordWarmup,
+    layer_decay_factors,
+)
 from hf_mm.trainers.checkpointing import latest_checkpoint
 from hf_mm.trainers.contrastive import ContrastiveTrainer
 from hf_mm.trainers.picture import PictureTrainer
@@ -239,11 +245,11 @@ def test_the_warmup_is_the_loss_of_its_soft_tokens_and_shares_the_models_parts()
     outputs = warmup.eval()(**batch)
     soft = model.eval().get_image_features(batch["pixel_values"]).pooler_output
     words = model.language_model.get_input_embeddings().weight[ids]
-    loss, accuracy = word_loss(soft, words, batch["word_targets"], 3.0)
+    loss, accuracy = word_loss(soft, words, batch["word_targets"], 30.0)
     torch.testing.assert_close(outputs.loss, loss)
     torch.testing.assert_close(outputs.accuracy, accuracy)
     assert {name for name, _ in warmup.named_parameters()} - {name for name, _ in model.named_parameters()} == {
-        "word_scale"
+        "logit_scale"
     }
     again = warmup.warmed_up()
     own = dict(model.named_parameters())
@@ -260,7 +266,7 @@ def test_the_warmup_learns_the_words_of_its_pictures_without_the_language_model(
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "accuracy" in entry]
     assert log[-1]["loss"] < 0.75 * log[0]["loss"] and log[-1]["accuracy"] > log[0]["accuracy"]
-    assert warmup.word_scale.item() != 3.0
+    assert warmup.logit_scale.item() != pytest.approx(WORD_LOGIT_SCALE)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.language_model.state_dict().items())
     kept = json.loads((tmp_path / "checkpoint-60" / "config.json").read_text())
     assert kept["model_type"] == "mm_blip2"

@@ -260,13 +260,13 @@ def test_words_are_learnt_where_stage2_begins(words, stage1, llama):
         *("captions", "loss", "accuracy", "other_loss", "other_accuracy")
     }
     own = tensors_of(words)
-    assert "word_scale" not in own
+    assert "logit_scale" not in own
     assert_equal(tensors_of(stage1, "vision_tower."), tensors_of(words, "vision_tower."))
     given = {f"language_model.{name}": tensor for name, tensor in load_file(llama / "model.safetensors").items()}
     assert_equal(given, tensors_of(words, "language_model."))
     before = tensors_of(stage1, "qformer.")
     assert not torch.equal(before["qformer.embeddings.query_tokens"], own["qformer.embeddings.query_tokens"])
-    assert "word_scale" in load_file(words / "checkpoint-6" / "model.safetensors")
+    assert "logit_scale" in load_file(words / "checkpoint-6" / "model.safetensors")
 
 
 def test_stage2_learns_captions_and_writes_them(stage2, words, pictures, batches, recipe, tmp_path):
