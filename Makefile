@@ -43,7 +43,7 @@ demo-pic2word: $(STAMP)
 demo-pic2word-smoke: $(STAMP)
 	$(BIN)/python training/demo_pic2word.py training/recipes/pic2word_smoke.yaml --seeds 0 --output_dir outputs/demo-pic2word-smoke
 
-# Stage 1, warm-up and stage 2 of BLIP-2, and beside it a connector trained blind; fifteen minutes on two cores.
+# Stage 1, warm-up and stage 2 of BLIP-2, and beside it a connector trained blind; about fifteen minutes on two cores.
 demo-blip2: language-model
 	$(BIN)/python training/demo_blip2.py --output_dir outputs/demo-blip2
 

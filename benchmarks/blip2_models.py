@@ -76,7 +76,7 @@ class Size:
 
 B16 = Size("ViT-B/16, Q-Former 12x768", 8, 224, 16, (768, 12, 12), (768, 12, 12), 32)
 B16_SMALL = replace(B16, name="ViT-B/16, Q-Former 4x384", batch_size=16, qformer=(384, 4, 6))
-DEMO = Size("the demo's size", 16, 64, 16, (128, 2, 4), (192, 4, 3), 4)
+DEMO = Size("the demo's size", 16, 64, 16, (128, 2, 4), (128, 4, 2), 4)
 
 
 def quick(size: Size) -> Size:

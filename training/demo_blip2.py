@@ -361,6 +361,9 @@ def main() -> None:
     language_model = str(open_tiny_language_model()) if arguments.language_model == TINY else arguments.language_model
     folders = train_all(arguments.recipes, arguments.output_dir, language_model, flags)
     folder = folders["stage2"]
+    if json.loads((folder / RESULT_FILE).read_text())["data"]["source"] != "emoji":
+        print(f"The demo shows the bundled pictures only; the model trained on yours is in {folder}.")
+        return
     if is_missing_or_older(folder / DEMO_FILE, folders["blind"] / RESULT_FILE):
         print("\nAsking the language model which of 100 captions fits …", flush=True)
         write_json(folder / DEMO_FILE, look(folders))

@@ -59,7 +59,7 @@ def learn_tokenizer(texts: list[str], vocab_size: int = 2000) -> PreTrainedToken
     )
 
 
-def open_tiny_language_model(folder: str | Path = FOLDER, steps: int = STEPS) -> Path:
+def open_tiny_language_model(folder: str | Path = FOLDER) -> Path:
     """The folder of the model, trained where it is not there yet."""
     folder = Path(folder)
     if (folder / "config.json").is_file():
@@ -90,7 +90,7 @@ def open_tiny_language_model(folder: str | Path = FOLDER, steps: int = STEPS) ->
             model=model,
             args=TrainingArguments(
                 output_dir=aside,
-                max_steps=steps,
+                max_steps=STEPS,
                 per_device_train_batch_size=64,
                 learning_rate=2e-3,
                 lr_scheduler_type="cosine",

@@ -684,8 +684,16 @@ def word_accuracy(model: WordWarmup, collator: WordCollator, own: TestSet, batch
     return result
 
 
-def check(model_args: ModelArguments, data_args: DataArguments, feature_args: FeatureArguments, augment_args) -> None:
+def check(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    feature_args: FeatureArguments,
+    augment_args: AugmentArguments,
+    args: Blip2TrainingArguments,
+) -> None:
     """Refuses settings that do not go together, before anything is computed."""
+    if data_args.streaming and args.train_sampling_strategy == GROUP_BY_LENGTH:
+        raise ValueError("a stream is read in its own order: leave train_sampling_strategy out.")
     if not feature_args.cache_features and model_args.blind:
         raise ValueError("without sight, features are zeros and the tower need not run: set cache_features to true.")
     if not feature_args.cache_features:
@@ -704,9 +712,7 @@ def check(model_args: ModelArguments, data_args: DataArguments, feature_args: Fe
 def train(argv: list[str] | None = None) -> Path:
     """Runs a recipe to its end, or finds that it has been run. Returns the folder of the trained model."""
     model_args, data_args, text_args, feature_args, augment_args, eval_args, args = parse_recipe(ARGUMENTS, argv)
-    check(model_args, data_args, feature_args, augment_args)
-    if data_args.streaming and args.train_sampling_strategy == GROUP_BY_LENGTH:
-        raise ValueError("a stream is read in its own order: leave train_sampling_strategy out.")
+    check(model_args, data_args, feature_args, augment_args, args)
     if model_args.stage in ("stage2", "captioning"):
         coco_scorers()
     output_dir = Path(args.output_dir)

@@ -32,6 +32,7 @@ from transformers.utils import ModelOutput
 IGNORED = -100
 """The label of a position at which nothing is to be predicted."""
 FEWEST_SHARED = 8
+"""Places at which all rows must begin alike, at least, to be read by a pass of their own."""
 
 
 def language_model_from_config(config: PreTrainedConfig) -> PreTrainedModel:
@@ -141,8 +142,8 @@ def label_logits(
     """Logits where a label is to be predicted, and these labels.
 
     A decoder-only language model predicts each label from the place before it; one at the first place cannot be predicted
-    and is left out, and the last place, from which nothing is predicted, is not read. An encoder-decoder reads `inputs_embeds` in its encoder and predicts every label; its decoder reads the
-    labels moved on by one.
+    and is left out, and the last place, from which nothing is predicted, is not read. An encoder-decoder reads
+    `inputs_embeds` in its encoder and predicts every label; its decoder reads the labels moved on by one.
 
     The product with the vocabulary is computed at these places alone where the language model takes `logits_to_keep`, as
     nearly all decoder-only ones do and few encoder-decoders.
@@ -286,7 +287,7 @@ def has_rows(cache: Cache | None) -> bool:
 
 @torch.no_grad()
 def _read_once(lm: PreTrainedModel, inputs_embeds: torch.Tensor, rows: int) -> DynamicCache | None:
-    """Keys and values ``(1, T, D)`` of what all rows begin with; None where the language model keeps something else."""
+    """Keys and values of what all rows begin with, ``(1, T, D)``, repeated for each; None where the language model keeps something else."""
     last = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(_unadapted(lm).forward) else {}
     kept = lm(inputs_embeds=inputs_embeds, use_cache=True, return_dict=True, **last).get("cache")
     if not has_rows(kept):

@@ -241,7 +241,7 @@ class CaptionedFeatures(torch.utils.data.Dataset):
         draws = [draw if isinstance(draw, Draw) else Draw(0, draw) for draw in draws]
         given = self.features.__getitems__(draws)
         columns = self.rows[[draw.index for draw in draws]]
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        rows = [{name: values[place] for name, values in columns.items()} for place in range(len(draws))]
         return [
             {**self.samples.words(self._sample(draw.index, row, own["group"]), draw), **own}
             for draw, row, own in zip(draws, rows, given, strict=True)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-POOL = 8
+POOL = 8  # batches whose pictures are dealt out by length
 
 
 class Draw(NamedTuple):

@@ -501,7 +501,7 @@ def test_recipes_say_what_can_be(name):
     flags = ["--use_cpu", "true", "--fp16", "false", "--bf16", "false"]
     parsed = train_blip2.parse_recipe(train_blip2.ARGUMENTS, [str(ROOT / "training/recipes" / name), *flags])
     model_args, data_args, _, feature_args, augment_args, _, args = parsed
-    train_blip2.check(model_args, data_args, feature_args, augment_args)
+    train_blip2.check(model_args, data_args, feature_args, augment_args, args)
     assert args.output_dir == f"outputs/{name.removesuffix('.yaml')}"
     assert (model_args.vision_tower is None) == (model_args.stage != "stage1")
     assert (data_args.source == "emoji") == ("emoji" in name or "smoke" in name)
