@@ -517,6 +517,10 @@ def test_recipes_say_what_can_be(name):
         (["--vision_tower", "clip", "--freeze_vision", "false"], "set cache_features to false"),
         (["--vision_tower", "clip", "--brightness", 0.2], "of 1 view, .* set views to 2 or more"),
         (["--vision_tower", "clip", "--streaming", "true"], "a stream has no end .* set cache_features to false"),
+        (
+            ["--vision_tower", "clip", "--streaming", "true", "--train_sampling_strategy", "group_by_length"],
+            "a stream is read in its own order: leave train_sampling_strategy out",
+        ),
         (["--vision_tower", "clip", "--layer_decay", 0], "layer_decay must be above 0"),
         (["--vision_tower", "clip", "--frozen_dtype", "int8"], "frozen_dtype must be float32"),
     ],
