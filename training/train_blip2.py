@@ -83,6 +83,7 @@ from hf_mm.trainers.recipes import (
     claim_output_dir,
     decisive_settings,
     parse_recipe,
+    refuse_other_sampling,
 )
 
 QFORMER_STAGES = ("stage1", "retrieval")
@@ -643,13 +644,8 @@ def caption_nll(model: nn.Module, processor: MMBlip2Processor, own: TestSet, bat
         given = {"images": shown["pictures"]} if own.features is None else {"num_images": [1] * len(rows)}
         inputs = dict(processor(**given, suffix=captions, mode="caption", return_tensors="pt"))
         inputs |= {"vision_features": shown["vision_features"]} if own.features is not None else {}
-        inputs = {name: value.to(model.device) for name, value in inputs.items()}
         with inference(model):
-            logits, labels = model(**inputs).logits.float(), inputs["labels"]
-        if not processor.is_encoder_decoder:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        nats = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-        return (nats.view(labels.shape).sum(dim=1) / (labels != -100).sum(dim=1)).cpu()
+            return model.label_nll(**{name: value.to(model.device) for name, value in inputs.items()}).cpu()
 
     def nll(rows: torch.Tensor, captions: list[str]) -> torch.Tensor:
         by_length = torch.tensor([len(caption) for caption in captions]).argsort()  # little padding
@@ -692,6 +688,7 @@ def check(
     args: Blip2TrainingArguments,
 ) -> None:
     """Refuses settings that do not go together, before anything is computed."""
+    refuse_other_sampling(args, GROUP_BY_LENGTH)
     if data_args.streaming and args.train_sampling_strategy == GROUP_BY_LENGTH:
         raise ValueError("a stream is read in its own order: leave train_sampling_strategy out.")
     if not feature_args.cache_features and model_args.blind:

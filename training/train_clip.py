@@ -56,6 +56,7 @@ from hf_mm.trainers.recipes import (
     decisive_settings,
     describe_machine,
     parse_recipe,
+    refuse_other_sampling,
 )
 
 LOG_FILE = "log_history.json"
@@ -225,6 +226,7 @@ def train(argv: list[str] | None = None) -> Path:
     model_args, data_args, augment_args, args = parse_recipe(
         (ModelArguments, DataArguments, AugmentArguments, ContrastiveTrainingArguments), argv
     )
+    refuse_other_sampling(args)
     output_dir = Path(args.output_dir)
     settings = decisive_settings(model_args, data_args, augment_args, args)
     with args.main_process_first(local=False, desc="claiming the output folder"):

@@ -45,6 +45,7 @@ from hf_mm.trainers.recipes import (
     claim_output_dir,
     decisive_settings,
     parse_recipe,
+    refuse_other_sampling,
 )
 
 FEATURES = "features"  # folder of the run that keeps them
@@ -230,6 +231,7 @@ def train(argv: list[str] | None = None, pictures: EmojiPictures | None = None) 
     model_args, data_args, feature_args, augment_args, args = parse_recipe(
         (ModelArguments, PictureArguments, FeatureArguments, AugmentArguments, ContrastiveTrainingArguments), argv
     )
+    refuse_other_sampling(args)
     if feature_args.cache_features and data_args.streaming:
         raise ValueError("a stream has no end to keep features of: set cache_features to false.")
     if feature_args.cache_features and feature_args.views == 1 and augment_args != AugmentArguments():

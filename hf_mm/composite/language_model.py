@@ -31,8 +31,8 @@ from transformers.utils import ModelOutput
 
 IGNORED = -100
 """The label of a position at which nothing is to be predicted."""
-FEWEST_SHARED = 8
-"""Places at which all rows must begin alike, at least, to be read by a pass of their own."""
+FEWEST_SPARED = 48
+"""The fewest places, over all rows, that reading once what they begin with must spare, or the pass does not pay."""
 
 
 def language_model_from_config(config: PreTrainedConfig) -> PreTrainedModel:
@@ -137,6 +137,7 @@ def label_logits(
     attention_mask: torch.Tensor | None,
     labels: torch.Tensor,
     shared: int = 0,
+    one_picture: bool = False,
     **lm_kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits where a label is to be predicted, and these labels.
@@ -153,6 +154,7 @@ def label_logits(
         attention_mask: ``(B, T)``, 0 at padding, which may stand on either side.
         labels: ``(B, T)`` beside `inputs_embeds`, or ``(B, T')`` of the decoder; -100 where there is none.
         shared: places at which all rows begin alike, see `shared_start`.
+        one_picture: whether a picture is among them, which gets gradients; words alone get none.
         **lm_kwargs: of the language model's ``forward``.
 
     Returns:
@@ -167,7 +169,8 @@ def label_logits(
         inputs_embeds, targets = inputs_embeds[:, :-1], labels[:, 1:]
         attention_mask = None if attention_mask is None else attention_mask[:, :-1]
     if shared:
-        kept = _read_once(lm, inputs_embeds[:1, :shared], inputs_embeds.shape[0])
+        start = inputs_embeds[:1, :shared]
+        kept = read_once(lm, start if one_picture else start.detach(), inputs_embeds.shape[0])
         if kept is not None:
             inputs_embeds, targets = inputs_embeds[:, shared:], targets[:, shared:]
             lm_kwargs |= {"cache": kept, "use_cache": True}
@@ -188,25 +191,29 @@ def shared_start(
     slots: torch.Tensor,
     attention_mask: torch.Tensor,
     labels: torch.Tensor,
+    one_picture: bool = False,
 ) -> int:
     """How many places a frozen decoder-only language model can read once for all rows, because they begin with the same
-    words, such as an instruction or examples before the picture.
+    words, such as an instruction or examples before the picture, or with the same picture too.
 
-    No gradient is needed of what stands before the first picture. 0 where they are fewer than `FEWEST_SHARED`, for which
-    a pass of its own would not pay; where the language model trains, as one with adapters does; in a compiled graph.
+    0 where that spares fewer than `FEWEST_SPARED`, so that a pass of its own would not pay; where the language model
+    trains, as one with adapters does; in a compiled graph.
 
     Args:
         input_ids, slots, attention_mask, labels: ``(B, T)``.
+        one_picture: whether all slots hold the same picture, which then is read with the words.
     """
     if torch.compiler.is_compiling() or lm.config.is_encoder_decoder:
         return 0
     if lm.training or any(parameter.requires_grad for parameter in lm.parameters()):
         return 0
-    alike = (input_ids == input_ids[:1]) & ~slots & attention_mask.bool()
+    alike = (input_ids == input_ids[:1]) & attention_mask.bool()
+    if not one_picture:
+        alike &= ~slots
     alike[:, :-1] &= labels[:, 1:] == IGNORED
     alike[:, -1] = False
     count = int(alike.all(dim=0).long().cumprod(dim=0).sum())
-    return count if count >= FEWEST_SHARED else 0
+    return count if count * (len(input_ids) - 1) >= FEWEST_SPARED else 0
 
 
 def label_loss(
@@ -285,9 +292,14 @@ def has_rows(cache: Cache | None) -> bool:
     return type(cache) is DynamicCache and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
 
 
-@torch.no_grad()
-def _read_once(lm: PreTrainedModel, inputs_embeds: torch.Tensor, rows: int) -> DynamicCache | None:
-    """Keys and values of what all rows begin with, ``(1, T, D)``, repeated for each; None where the language model keeps something else."""
+def is_expanded(tensor: torch.Tensor | None) -> bool:
+    """Whether a batch is one row, expanded (`torch.Tensor.expand`), so that what is computed of it can be, too."""
+    return tensor is not None and len(tensor) > 1 and tensor.stride(0) == 0 and not torch.compiler.is_compiling()
+
+
+def read_once(lm: PreTrainedModel, inputs_embeds: torch.Tensor, rows: int) -> DynamicCache | None:
+    """Keys and values of what all rows begin with, ``(1, T, D)``, repeated for each; None where the language model keeps
+    something else. Gradients flow to it: detach what needs none."""
     last = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(_unadapted(lm).forward) else {}
     kept = lm(inputs_embeds=inputs_embeds, use_cache=True, return_dict=True, **last).get("cache")
     if not has_rows(kept):

@@ -369,7 +369,8 @@ class LanguageCollator(ContrastiveCollator):
             the answer to the sample's ``"label"``, the question) or ``"prefix_lm"`` (it is split, where the sample's
             ``"draws"`` say).
         augmentation: see `ContrastiveCollator`; what is cached stays as it is.
-        blind: give features of zeros, to learn what can be said without sight. Features must be cached.
+        blind: give features of zeros, to learn what can be said without sight: one row, which `Blip2Trainer` expands to
+            all texts. Features must be cached.
     """
 
     def __init__(
@@ -400,7 +401,7 @@ class LanguageCollator(ContrastiveCollator):
     def pictures(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """See `ContrastiveCollator.pictures`."""
         pictures = super().pictures(samples)
-        return {name: torch.zeros_like(given) for name, given in pictures.items()} if self.blind else pictures
+        return {name: torch.zeros_like(given[:1]) for name, given in pictures.items()} if self.blind else pictures
 
 
 class WordCollator(LanguageCollator):

@@ -13,7 +13,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..composite.language_model import embed_with_slots, has_rows, read_embeds
+from ..composite.language_model import (
+    IGNORED,
+    embed_with_slots,
+    has_rows,
+    read_embeds,
+    read_once,
+    shared_start,
+)
 from .embeddings import inference
 
 PLACES = 512  # of captions in one pass of the language model
@@ -103,8 +110,13 @@ def _read_start(model: nn.Module, start: torch.Tensor, vision_features: torch.Te
     features = vision_features.to(model.device, model.dtype)
     soft_tokens = model.get_image_features(vision_features=features, return_dict=True).pooler_output
     ids = start.expand(len(features), -1)
-    embeds = embed_with_slots(model.language_model, ids, ids == model.config.image_token_id, soft_tokens)
-    outputs = read_embeds(model.language_model, embeds, None, use_cache=True, logits_to_keep=1)
+    slots = ids == model.config.image_token_id
+    embeds, mask = embed_with_slots(model.language_model, ids, slots, soft_tokens), torch.ones_like(ids)
+    words = shared_start(model.language_model, ids, slots, mask, torch.full_like(ids, IGNORED))
+    kept = read_once(model.language_model, embeds[:1, :words], len(ids)) if words else None
+    begun = {} if kept is None else {"cache": kept}
+    rest = embeds[:, words if begun else 0 :]
+    outputs = read_embeds(model.language_model, rest, mask, use_cache=True, logits_to_keep=1, **begun)
     if not has_rows(outputs.get("cache")):
         raise ValueError(
             f"captions go on from keys and values, which {model.language_model.config.model_type} does not keep."

@@ -50,7 +50,11 @@ class Blip2Trainer(PictureTrainer):
     """
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        """See `PictureTrainer.compute_loss`. Hard negatives are drawn alike on one process and on many, step by step."""
+        """See `PictureTrainer.compute_loss`. Hard negatives are drawn alike on one process and on many, step by step.
+        The one row of features that a blind collator gives is that of all texts."""
+        if getattr(self.data_collator, "blind", False):
+            texts = inputs.get("input_ids", inputs.get("word_targets"))
+            inputs = {**inputs, "vision_features": inputs["vision_features"].expand(len(texts), -1, -1)}
         if model.training and isinstance(self.accelerator.unwrap_model(model), MMBlip2ForImageTextRetrieval):
             draw = torch.Generator().manual_seed(stable_id(f"{self.args.seed}/{self.state.global_step}"))
             inputs = {**inputs, "generator": draw}

@@ -31,8 +31,8 @@ DECISIVE = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs"),
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed", "data_seed", "bf16", "fp16"),
-    "train_sampling_strategy",
 )
+SAMPLING, AT_RANDOM = "train_sampling_strategy", "random"  # decisive too, but unknown to runs from before it was
 # Settings of other groups that it does not depend on.
 INDECISIVE = {"cache_images", "features_batch_size", "features_dir", "overwrite", "strict"}
 
@@ -92,6 +92,8 @@ def decisive_settings(*groups) -> dict:
         if isinstance(group, TrainingArguments):
             own = {f.name for f in fields(group)} - {f.name for f in fields(TrainingArguments)}
             settings |= {name: getattr(group, name) for name in (*DECISIVE, *sorted(own))}
+            if (sampling := getattr(group, SAMPLING)) != AT_RANDOM:
+                settings[SAMPLING] = sampling
             workers = group.dataloader_num_workers
         else:
             settings |= asdict(group)
@@ -99,6 +101,16 @@ def decisive_settings(*groups) -> dict:
         settings["dataloader_num_workers"] = workers
     kept = {name: value for name, value in settings.items() if name not in INDECISIVE}
     return json.loads(json.dumps(kept, default=str))
+
+
+def refuse_other_sampling(args: TrainingArguments, *known: str) -> None:
+    """For recipes whose batches are drawn at random by a sampler of their own, or in one of the `known` ways.
+
+    Raises:
+        ValueError: another `train_sampling_strategy` is set, which nothing would follow.
+    """
+    if (sampling := getattr(args, SAMPLING)) not in (AT_RANDOM, *known):
+        raise ValueError(f"batches are drawn {' or '.join((AT_RANDOM, *known))}: {SAMPLING} cannot be {sampling}.")
 
 
 def claim_output_dir(output_dir: str | Path, settings: dict, overwrite: bool = False) -> None:

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
+from models.blip2.small import places_read
 from peft import LoraConfig, get_peft_model
-from torch import nn
 from transformers import (
     AutoConfig,
     GenerationConfig,
@@ -14,6 +14,7 @@ from transformers import (
     ViTConfig,
 )
 
+from hf_mm.composite import language_model
 from hf_mm.composite.language_model import (
     embed_tokens,
     embed_with_slots,
@@ -24,6 +25,7 @@ from hf_mm.composite.language_model import (
     label_loss,
     language_model_from_config,
     open_language_model,
+    read_once,
     shared_start,
 )
 
@@ -164,6 +166,11 @@ def test_logits_and_targets_are_those_of_the_labelled_places(family):
     torch.testing.assert_close(logits, torch.stack([whole[place] for place in places]), atol=2e-6, rtol=1e-5)
 
 
+@pytest.fixture
+def every_place_pays(monkeypatch):
+    monkeypatch.setattr(language_model, "FEWEST_SPARED", 1)
+
+
 def beginning(shared: int) -> tuple[torch.Tensor, ...]:
     """Two texts that begin with the same words, before the slots of `batch` and padding."""
     words = torch.arange(3, 3 + shared).expand(2, -1)
@@ -177,6 +184,7 @@ def beginning(shared: int) -> tuple[torch.Tensor, ...]:
     return ids, mask, ids == SLOT, labels
 
 
+@pytest.mark.usefixtures("every_place_pays")
 @pytest.mark.parametrize("family", DECODERS)
 def test_what_all_texts_begin_with_is_read_once(family):
     lm = lm_of(family).double()
@@ -184,11 +192,7 @@ def test_what_all_texts_begin_with_is_read_once(family):
     soft = torch.randn(5, 1, embedding_width(lm), dtype=torch.float64, requires_grad=True)
     shared = shared_start(lm, ids, slots, mask, labels)
     assert shared == 9
-    places = []
-    next(module for module in lm.modules() if isinstance(module, nn.ModuleList))[0].register_forward_pre_hook(
-        lambda _, args, kwargs: places.append((args or tuple(kwargs.values()))[0].shape[:2].numel()), with_kwargs=True
-    )
-    results = []
+    places, results = places_read(lm), []
     for alike in (0, shared):
         places.clear()
         logits, targets = label_logits(lm, embed_with_slots(lm, ids, slots, soft), mask, labels, alike)
@@ -203,6 +207,64 @@ def test_what_all_texts_begin_with_is_read_once(family):
     assert once[3] == (9 + 2 * 16 if family == "mamba" else 9 + 2 * 7)  # it keeps no keys and values
 
 
+@pytest.mark.usefixtures("every_place_pays")
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_picture_of_all_texts_is_read_once_and_learns_from_all(family):
+    """Its gradient is the sum of those that each text gives a picture of its own."""
+    lm = lm_of(family).double()
+    ids, mask, slots, labels = beginning(3)
+    ids[1, 3:7], ids[0, 7] = ids[0, 3:7], 12
+    slots = (ids == SLOT) & (torch.arange(ids.shape[1]) < 6)
+    labels[:, :7] = -100
+    soft = torch.randn(1, 2, embedding_width(lm), dtype=torch.float64, requires_grad=True)
+    shared = shared_start(lm, ids, slots, mask, labels, one_picture=True)
+    assert shared == 6  # from the seventh place, alike too, a token is predicted
+    results = []
+    places = places_read(lm)
+    for alike in (0, shared):
+        places.clear()
+        embeds = embed_with_slots(lm, ids, slots, soft.expand(2, -1, -1))
+        logits, targets = label_logits(lm, embeds, mask, labels, alike, one_picture=True)
+        results.append((logits, targets, *torch.autograd.grad(label_loss(logits, targets), soft), sum(places)))
+    whole, once = results
+    assert whole[3] == 2 * 10
+    assert once[3] == (6 + 2 * 10 if family == "mamba" else 6 + 2 * 4)
+    near = 1e-5 if family == "mamba" else 1e-6
+    torch.testing.assert_close(once[0], whole[0], atol=near, rtol=near)
+    assert once[1].equal(whole[1])
+    assert whole[2].abs().min() > 0
+    torch.testing.assert_close(once[2], whole[2], atol=near, rtol=near)
+
+
+@pytest.mark.usefixtures("every_place_pays")
+def test_words_before_pictures_are_read_without_gradient(monkeypatch):
+    lm, (ids, mask, slots, labels) = lm_of("llama"), beginning(9)
+    soft = torch.randn(5, 1, embedding_width(lm), requires_grad=True)
+    learnt = []
+
+    def read(lm, embeds, rows):
+        kept = read_once(lm, embeds, rows)
+        learnt.append(kept.layers[0].keys.requires_grad)
+        return kept
+
+    monkeypatch.setattr(language_model, "read_once", read)
+    for one_picture in (False, True):
+        label_logits(lm, embed_with_slots(lm, ids, slots, soft), mask, labels, 9, one_picture)
+    assert learnt == [False, True]
+
+
+def test_a_pass_of_its_own_must_pay():
+    lm, (ids, mask, slots, labels) = lm_of("llama"), beginning(9)
+
+    def shared(rows: int) -> int:
+        return shared_start(lm, *(given[:1].expand(rows, -1) for given in (ids, slots, mask, labels)))
+
+    assert 10 * 4 < language_model.FEWEST_SPARED < 10 * 5
+    assert shared(5) == 0
+    assert shared(6) == 10
+
+
+@pytest.mark.usefixtures("every_place_pays")
 def test_what_texts_have_in_common_ends_where_they_part():
     lm = lm_of("llama")
     ids, mask, slots, labels = beginning(9)
@@ -210,11 +272,10 @@ def test_what_texts_have_in_common_ends_where_they_part():
     other = ids.clone()
     other[1, 8] = 40
     assert shared_start(lm, other, slots, mask, labels) == 8
-    other[1, 7] = 40
-    assert shared_start(lm, other, slots, mask, labels) == 0  # too few
     pictures = slots.clone()
     pictures[0, 3] = True
-    assert shared_start(lm, ids, pictures, mask, labels) == 0
+    assert shared_start(lm, ids, pictures, mask, labels) == 3
+    assert shared_start(lm, ids, pictures, mask, labels, one_picture=True) == 9
     padded = mask.clone()
     padded[0, 0] = 0
     assert shared_start(lm, ids, slots, padded, labels) == 0

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models.blip2.small import LANGUAGE_MODELS, QUERIES, SLOT, pictures, stage2
+from models.blip2.small import LANGUAGE_MODELS, QUERIES, SLOT, pictures, places_read, stage2
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -43,12 +43,18 @@ def read_whole(model, processor, features, caption):
     return logits.log_softmax(-1)[places - 1, labels[places]].sum(), len(places)
 
 
+@pytest.mark.parametrize("prompt", [":", "c a: a. <image> :"], ids=["picture", "words"])
 @pytest.mark.parametrize("language_model", CAUSAL)
-def test_scores_equal_reading_each_text_whole(language_model):
+def test_scores_equal_reading_each_text_whole(language_model, prompt, monkeypatch):
+    """Words before the picture are read once for all pictures."""
+    monkeypatch.setattr("hf_mm.composite.language_model.FEWEST_SPARED", 1)
     model = stage2(language_model=language_model)
-    processor = processor_of(model, prompt=":", eos=".")
+    processor = processor_of(model, prompt=prompt, eos=".")
     features = model.vision_features(pictures(3))
+    places = places_read(model.language_model)
     sums, lengths = score_captions(model, processor, features, CAPTIONS, places=7, progress=False)
+    before = len(processor.tokenizer(prompt.partition("<image>")[0]).input_ids) if "<image>" in prompt else 0
+    assert places[: 1 + bool(before)] == ([before] if before else []) + [3 * (1 + QUERIES)]
     for row in range(3):
         for column, caption in enumerate(CAPTIONS):
             whole, tokens = read_whole(model, processor, features[row], caption)

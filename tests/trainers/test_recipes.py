@@ -4,7 +4,16 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hf_mm.trainers.recipes import RECIPE_FILE, RESULT_FILE, claim_output_dir, parse_recipe, read_recipe
+from hf_mm.trainers.picture import PictureTrainingArguments
+from hf_mm.trainers.recipes import (
+    RECIPE_FILE,
+    RESULT_FILE,
+    claim_output_dir,
+    decisive_settings,
+    parse_recipe,
+    read_recipe,
+    refuse_other_sampling,
+)
 
 
 @dataclass
@@ -78,3 +87,23 @@ def test_a_folder_keeps_to_one_recipe(tmp_path):
     claim_output_dir(tmp_path / "run", {"learning_rate": 2e-3, "seed": 0}, overwrite=True)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [RECIPE_FILE]
     assert '"learning_rate": 0.002' in (tmp_path / "run" / RECIPE_FILE).read_text()
+
+
+def test_sampling_is_decisive_where_it_is_not_the_usual_one(tmp_path):
+    """Runs that were recorded before it counted were drawn at random, and go on."""
+    plain, grouped = (
+        decisive_settings(PictureTrainingArguments(output_dir=str(tmp_path), train_sampling_strategy=one))
+        for one in ("random", "group_by_length")
+    )
+    assert grouped.items() - plain.items() == {("train_sampling_strategy", "group_by_length")}
+    assert "train_sampling_strategy" not in plain
+
+
+def test_sampling_that_nothing_would_follow_is_refused(tmp_path):
+    args = PictureTrainingArguments(output_dir=str(tmp_path), train_sampling_strategy="sequential")
+    with pytest.raises(ValueError, match=r"drawn random or group_by_length: .* cannot be sequential\.$"):
+        refuse_other_sampling(args, "group_by_length")
+    args = PictureTrainingArguments(output_dir=str(tmp_path), train_sampling_strategy="group_by_length")
+    refuse_other_sampling(args, "group_by_length")
+    with pytest.raises(ValueError, match="cannot be group_by_length"):
+        refuse_other_sampling(args)

@@ -1,6 +1,7 @@
 """The figures of `training/demo_blip2.py`: what pictures choose from, and what counts as reached."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 
 from demo_blip2 import BLIND, CANDIDATES, GROUP, Candidates, cells_of, markdown, missed
 from train_blip2 import emoji_rows
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", params=["cell", "concept"])
@@ -109,3 +112,12 @@ def test_the_table_in_markdown():
     lines = markdown({"splits": {"cell": cell, "concept": cell}}).splitlines()
     assert {line.count("|") for line in lines} == {10}
     assert "| nats per token | **3.00** (4.00) | 3.50 | – | – | **3.00** (4.00) | 3.50 | – | – |" in lines
+
+
+def test_the_readme_shows_what_was_measured():
+    figures = json.loads((ROOT / "training/results/blip2_emoji.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert markdown(figures) in readme
+    assert f"{figures['minutes']} minutes" in readme
+    assert all(row["pictures"] >= 100 for row in figures["splits"].values())
+    assert not missed(figures)

@@ -10,11 +10,13 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ...composite.language_model import (
+    IGNORED,
     decoder_input_ids_of,
     embed_with_slots,
     embedding_rms,
     embedding_width,
     generate_from_embeds,
+    is_expanded,
     label_logits,
     label_loss,
     language_model_from_config,
@@ -164,8 +166,16 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MMBlip2ModelOutput:
-        """Soft tokens of pictures: `pooler_output` ``(M, Nq, D)``, D the width of the language model's embeddings."""
+        """Soft tokens of pictures: `pooler_output` ``(M, Nq, D)``, D the width of the language model's embeddings.
+
+        In training without dropout, `vision_features` of one picture that were expanded to M (`torch.Tensor.expand`) are
+        read once, and all else has one row.
+        """
         self.hold_frozen_parts()
+        count = None
+        varies = self.config.qformer_config.dropout or self.config.qformer_config.attention_dropout
+        if self.training and not varies and qformer_input_ids is None and is_expanded(vision_features):
+            vision_features, count = vision_features[:1], len(vision_features)
         tokens = self._picture_tokens(pixel_values, vision_features, interpolate_pos_encoding)
         if qformer_input_ids is not None and qformer_input_ids.shape[0] != tokens.shape[0]:
             raise ValueError(
@@ -173,6 +183,8 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
             )
         outputs = self.qformer(tokens, input_ids=qformer_input_ids, attention_mask=qformer_attention_mask, **kwargs)
         soft_tokens = self.language_projection(outputs.last_hidden_state)
+        if count is not None:
+            soft_tokens = soft_tokens.expand(count, -1, -1)
         return MMBlip2ModelOutput(
             last_hidden_state=outputs.last_hidden_state, pooler_output=soft_tokens, qformer_outputs=outputs
         )
@@ -199,7 +211,8 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
             input_ids: ``(B, T)``, with `num_query_tokens` times `image_token_id` for every picture, wherever it stands.
             pixel_values: ``(M, C, H, W)``, all pictures in reading order.
             attention_mask: ``(B, T)``, 1 for tokens and pictures.
-            vision_features: ``(M, N, E)`` in place of pixels, see `vision_features()`.
+            vision_features: ``(M, N, E)`` in place of pixels, see `vision_features()`; those of one picture, expanded, are
+                read once, see `get_image_features`.
             qformer_input_ids, qformer_attention_mask: ``(M, T')``, a question to each picture that enters the Q-Former.
             labels: of a causal language model ``(B, T)``, aligned with `input_ids`; of an encoder-decoder ``(B, T')``, what
                 the decoder should say. -100 where there is none, as at pictures and padding.
@@ -232,10 +245,8 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
         loss = outputs = None
         if labels is not None and self.training:
             kwargs.pop("use_cache")
-            slots = input_ids == self.config.image_token_id
-            shared = shared_start(self.language_model, input_ids, slots, attention_mask, labels)
-            label_scores, targets = label_logits(
-                self.language_model, inputs_embeds, attention_mask, labels, shared, **decoder, **kwargs
+            label_scores, targets = self._label_scores(
+                images, inputs_embeds, input_ids, attention_mask, labels, **decoder, **kwargs
             )
             loss = label_loss(label_scores, targets, num_items_in_batch)
         else:
@@ -256,6 +267,46 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
             cache=None if outputs is None else outputs.get("cache"),
             language_model_outputs=outputs,
         )
+
+    @torch.no_grad()
+    def label_nll(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> torch.Tensor:
+        """``(B,)``: what the labels of each text cost, in nats per token, float32; NaN where a text has none.
+
+        For a model in eval mode. The vocabulary product is taken at labels alone, and the words that all texts begin with
+        are read once.
+
+        Args:
+            As of `forward`.
+        """
+        self.hold_frozen_parts()
+        self._check_shapes(input_ids, attention_mask, labels)
+        images, inputs_embeds = self._embed(
+            input_ids,
+            pixel_values,
+            vision_features,
+            qformer_input_ids,
+            qformer_attention_mask,
+            interpolate_pos_encoding,
+        )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        scores, targets = self._label_scores(images, inputs_embeds, input_ids, attention_mask, labels)
+        nats = nn.functional.cross_entropy(scores.float(), targets.to(scores.device), reduction="none")
+        rows = (
+            (labels if self.config.is_encoder_decoder else labels[:, 1:]).ne(IGNORED).nonzero()[:, 0].to(nats.device)
+        )
+        sums = nats.new_zeros(len(labels)).index_add_(0, rows, nats)
+        return sums / rows.bincount(minlength=len(labels))
 
     @torch.no_grad()
     def generate(
@@ -351,6 +402,23 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
         if self.training and images is None:  # every rank needs a gradient for every parameter
             inputs_embeds = inputs_embeds + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
         return images, inputs_embeds
+
+    def _label_scores(
+        self,
+        images: MMBlip2ModelOutput | None,
+        inputs_embeds: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+        **lm_kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `label_logits`; what all texts begin with is read once."""
+        slots = input_ids == self.config.image_token_id
+        one_picture = images is not None and is_expanded(images.pooler_output)
+        shared = shared_start(self.language_model, input_ids, slots, attention_mask, labels, one_picture)
+        return label_logits(
+            self.language_model, inputs_embeds, attention_mask, labels, shared, one_picture, **lm_kwargs
+        )
 
     def _check_shapes(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, labels: torch.Tensor | None = None

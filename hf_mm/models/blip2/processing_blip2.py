@@ -170,8 +170,8 @@ class MMBlip2Processor(ProcessorMixin):
             images: in stage 1 pictures in any nesting; in stage 2 one picture for each text, or for each text a list of
                 pictures; a flat list of as many pictures as all texts have marks is dealt out in reading order.
                 Pictures are what `hf_mm.image_utils.to_rgb` takes.
-            text: one text or several. In stage 2 it is by default the `prompt`; one prompt goes with all of several
-                suffixes.
+            text: one text or several. In stage 2 it is by default the `prompt`, for which an empty text stands too, as
+                pipelines cannot leave it out; one prompt goes with all of several suffixes.
             suffix: what the model shall learn to say after each text: a caption or an answer. Makes `labels`.
             mode: in stage 1 ``"contrastive"`` (texts are cut to `max_text_length`, the default), ``"matching"`` (at
                 least 35 tokens, as the published retrieval evaluation) or ``"generation"`` (what the Q-Former's captions
@@ -243,6 +243,8 @@ class MMBlip2Processor(ProcessorMixin):
         self._check_arguments(mode, text, suffix, rng)
         images = list(images) if images is not None and is_nest(images) else images
         one, texts, suffixes = self._rows(images, text, suffix, num_images)
+        if mode in ("generation", "caption"):
+            texts = [words or self.prompt for words in texts]
         for row, words in enumerate(suffixes or ()):
             if self.image_token in words:
                 raise ValueError(f"Suffix {row} has a picture: pictures belong into text, what is learnt is words.")

@@ -1,6 +1,7 @@
 """Tiny models of stage 2: any tower, any language model, and what they are fed."""
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_mm.models.blip2.configuration_blip2 import MMBlip2Config
@@ -124,6 +125,15 @@ def stage2(tower: str = "mm_clip_vision", language_model: str = "llama", **field
 def pictures(count: int, tower: str = "mm_clip_vision", seed: int = 5) -> torch.Tensor:
     side = TOWERS[tower]["image_size"]
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def places_read(lm: PreTrainedModel) -> list[int]:
+    """Rows times places of each pass of the language model from now on."""
+    places = []
+    next(module for module in lm.modules() if isinstance(module, nn.ModuleList))[0].register_forward_pre_hook(
+        lambda _, args, kwargs: places.append((args or tuple(kwargs.values()))[0].shape[:2].numel()), with_kwargs=True
+    )
+    return places
 
 
 def slots(images: int = 1) -> list[int]:

@@ -159,6 +159,10 @@ def test_pictures_without_texts_get_the_prompt(image_processor, opt):
     assert processor(images=np.zeros((3, 9, 9, 3), np.uint8)).input_ids.tolist() == [prompted] * 3
     assert processor(num_images=[1, 1]).input_ids.tolist() == [prompted] * 2
     assert processor(num_images=1).input_ids.tolist() == [prompted]
+    assert processor(images=A, text="").input_ids.tolist() == [prompted]
+    assert processor(images=[A, B], text=["", "a"]).input_ids[0].tolist() == prompted
+    learnt = [processor(images=A, suffix="a", **empty) for empty in ({}, {"text": ""})]
+    assert all(torch.equal(learnt[0][name], learnt[1][name]) for name in ("input_ids", "labels"))
     assert rows(processor(text=["a", "cat"], num_images=1)) == [
         pieces(opt, None, "</s>", "a"),
         pieces(opt, None, "</s>", "cat"),

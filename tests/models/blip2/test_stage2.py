@@ -10,6 +10,7 @@ from small import (
     labels_of,
     lively,
     pictures,
+    places_read,
     slots,
     stage2,
     text_config,
@@ -17,6 +18,7 @@ from small import (
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Trainer, TrainingArguments
 from transformers.generation.streamers import BaseStreamer
 
+from hf_mm.composite import language_model
 from hf_mm.models.blip2.configuration_blip2 import MMBlip2Config
 from hf_mm.models.blip2.modeling_blip2 import MMBlip2ForConditionalGeneration
 
@@ -499,6 +501,56 @@ def test_pictures_are_read_once(name, beams):
     model.qformer.register_forward_hook(lambda *_: calls.append("qformer"))
     model.generate(**batch_of(PROMPTS, "left"), pixel_values=pictures(3), **asked(num_beams=beams))
     assert calls == ["tower", "qformer"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_picture_of_all_texts_is_read_once_in_training(name, monkeypatch):
+    """Loss and every gradient are those of the picture repeated."""
+    monkeypatch.setattr(language_model, "FEWEST_SPARED", 1)
+    model = stage2(language_model=name).double().train()
+    batch = feed(model, [[0, *slots(), 5, 6, 7], [0, *slots(), 5, 8, 9], [0, *slots(), 5, 6, 10]])
+    picture = model.vision_features(pictures(1).double())
+    read, places = [], places_read(model.language_model)
+    model.qformer.register_forward_pre_hook(lambda _, args: read.append(len(args[0])))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    results = []
+    for features in (picture.repeat(3, 1, 1), picture.expand(3, -1, -1)):
+        outputs = model(**batch, vision_features=features)
+        gradients = torch.autograd.grad(outputs.loss, trained, allow_unused=True, materialize_grads=True)
+        results.append((outputs.loss.detach(), outputs.soft_tokens.detach(), *gradients))
+    assert read == [3, 1]
+    length = batch["input_ids"].shape[1] - 1
+    if (
+        name != "t5"
+    ):  # alone the start token; with the picture all before its last query, from which a word is predicted
+        assert places == [1, 3 * (length - 1), QUERIES, 3 * (length - QUERIES)]
+    assert max(gradient.abs().max() for gradient in results[0][2:]) > 1e-3
+    torch.testing.assert_close(*results, atol=1e-7, rtol=1e-6)  # Llama norms in float32
+    model.config.qformer_config.dropout = 0.1  # every text has a draw of its own
+    model(**batch, vision_features=picture.expand(3, -1, -1))
+    assert read == [3, 1, 3]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["whole", "shared"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_text_costs_is_the_loss_of_it_alone(name, shared, monkeypatch):
+    monkeypatch.setattr(language_model, "FEWEST_SPARED", 1 if shared else 1000)
+    model = stage2(language_model=name).double().eval()
+    rows = [[0, 3, 4, *slots(), 5, 6, 7], [0, 3, 4, *slots(), 8, 9, 11, 2], [0, 3, 4, *slots(), 10]]
+    batch, images = feed(model, rows), pictures(3).double()
+    if name != "t5":
+        batch["labels"][:, :4] = -100  # the words before the pictures are given
+    places = places_read(model.language_model)
+    costs = model.label_nll(**batch, pixel_values=images)
+    length = batch["input_ids"].shape[1] - 1
+    assert name == "t5" or places == ([3, 3 * (length - 3)] if shared else [3 * length])
+    for row in range(3):
+        alone = {key: value[row : row + 1] for key, value in batch.items()}
+        loss = model(**alone, pixel_values=images[row : row + 1]).loss
+        torch.testing.assert_close(costs[row], loss.float(), atol=1e-6, rtol=1e-6)
+    assert costs.unique().numel() == 3
+    batch["labels"][1] = -100
+    assert model.label_nll(**batch, pixel_values=images).isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
