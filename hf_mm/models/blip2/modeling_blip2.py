@@ -273,12 +273,8 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.Tensor,
         labels: torch.Tensor,
-        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        vision_features: torch.Tensor | None = None,
-        qformer_input_ids: torch.Tensor | None = None,
-        qformer_attention_mask: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool = False,
+        **pictures: torch.Tensor | bool | None,
     ) -> torch.Tensor:
         """``(B,)``: what the labels of each text cost, in nats per token, float32; NaN where a text has none.
 
@@ -286,18 +282,12 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
         are read once.
 
         Args:
-            As of `forward`.
+            input_ids, labels, attention_mask: see `forward`.
+            **pictures: pixel_values or vision_features, and what goes with them, see `forward`.
         """
         self.hold_frozen_parts()
         self._check_shapes(input_ids, attention_mask, labels)
-        images, inputs_embeds = self._embed(
-            input_ids,
-            pixel_values,
-            vision_features,
-            qformer_input_ids,
-            qformer_attention_mask,
-            interpolate_pos_encoding,
-        )
+        images, inputs_embeds = self._embed(input_ids, **pictures)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         scores, targets = self._label_scores(images, inputs_embeds, input_ids, attention_mask, labels)
@@ -371,11 +361,11 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
     def _embed(
         self,
         input_ids: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        vision_features: torch.Tensor | None,
-        qformer_input_ids: torch.Tensor | None,
-        qformer_attention_mask: torch.Tensor | None,
-        interpolate_pos_encoding: bool,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
         **recorded: bool,
     ) -> tuple[MMBlip2ModelOutput | None, torch.Tensor]:
         """The pictures, and ``(B, T, D)``: words and soft tokens in their places."""
