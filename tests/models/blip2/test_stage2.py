@@ -520,9 +520,8 @@ def test_one_picture_of_all_texts_is_read_once_in_training(name, monkeypatch):
         results.append((outputs.loss.detach(), outputs.soft_tokens.detach(), *gradients))
     assert read == [3, 1]
     length = batch["input_ids"].shape[1] - 1
-    if (
-        name != "t5"
-    ):  # alone the start token; with the picture all before its last query, from which a word is predicted
+    if name != "t5":
+        # The start token alone; with the picture, all before its last query, from which a word is predicted.
         assert places == [1, 3 * (length - 1), QUERIES, 3 * (length - QUERIES)]
     assert max(gradient.abs().max() for gradient in results[0][2:]) > 1e-3
     torch.testing.assert_close(*results, atol=1e-7, rtol=1e-6)  # Llama norms in float32
