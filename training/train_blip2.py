@@ -560,10 +560,11 @@ def evaluate(
     Returns:
         By name of the evaluation and of the test set: ``retrieval`` of the stages of the Q-Former (see
         `evaluate_image_text_matching`); ``words`` of the warm-up; ``answers`` of vqa; of all others ``captions`` (see
-        `evaluate_captioning`) and ``picture_gap``.
+        `evaluate_captioning`) and ``picture_gap``; these without test sets of `has_others` false.
     """
     if stage in QFORMER_STAGES:
         return {"retrieval": {name: retrieval(model, processor, own, args, batch_size) for name, own in sets.items()}}
+    sets = {name: own for name, own in sets.items() if has_others(own)}
     if stage == "words":
         return {"words": {name: word_accuracy(model, collator, own, batch_size) for name, own in sets.items()}}
     if stage == "vqa":
@@ -579,6 +580,16 @@ def evaluate(
         },
         "captions": {name: captions_of(model, processor, own, args, batch_size) for name, own in sets.items()},
     }
+
+
+def has_others(own: TestSet) -> bool:
+    """Whether each picture can be compared with one of another group. Says so where it cannot: the model stays."""
+    try:
+        other_rows(len(own), groups=own.groups)
+    except ValueError as error:
+        print(f"Nothing is evaluated: {error} Set validation_split or a larger validation_fraction.")
+        return False
+    return True
 
 
 def retrieval(model, processor, own: TestSet, args: EvaluationArguments, batch_size: int) -> dict[str, float]:

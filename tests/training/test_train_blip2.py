@@ -388,13 +388,21 @@ def test_cached_features_and_live_pictures_train_alike(tmp_path, recipe, stage1,
     arguments += ["--split", "train", "--source", recipe.parent / "whole.jsonl"]
     lines = (recipe.parent / "pictures" / "metadata.jsonl").read_text().splitlines()[:16]
     whole = [json.loads(line) for line in lines]
-    rows = [{**row, "file_name": str(recipe.parent / "pictures" / row["file_name"])} for row in whole]
+    rows = [{**row, "file_name": f"pictures/{row['file_name']}"} for row in whole]
     (recipe.parent / "whole.jsonl").write_text("\n".join(map(json.dumps, rows)))
     runs = [train(recipe, tmp_path / cached, *arguments, "--cache_features", cached) for cached in ("true", "false")]
     one, other = (tensors_of(run, "qformer.", "language_projection.", "vision_norm.") for run in runs)
     moved = [name for name in one if not name.endswith("k_proj.bias")]  # softmax takes it out: its gradient is noise
     for name in moved:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5)
+
+
+def test_one_held_out_picture_does_not_cost_the_run(tmp_path, recipe, stage1, llama, capsys):
+    """It has no other to be shown: the model is kept with its card, and why nothing was evaluated is said."""
+    arguments = ["--stage", "stage2", "--model_name_or_path", stage1, "--language_model", llama, "--max_steps", 1]
+    trained = train(recipe, tmp_path / "run", *arguments, "--validation_fraction", 0.12)
+    assert "Nothing is evaluated: 1 of 1 rows are of one group" in capsys.readouterr().out
+    assert results_of(trained)["metrics"] == {"picture_gap": {}, "captions": {}} and (trained / "README.md").exists()
 
 
 def test_an_unfrozen_tower_learns_at_decayed_rates(tmp_path, recipe, stage1, monkeypatch):
