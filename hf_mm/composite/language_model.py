@@ -154,7 +154,7 @@ def label_logits(
         attention_mask: ``(B, T)``, 0 at padding, which may stand on either side.
         labels: ``(B, T)`` beside `inputs_embeds`, or ``(B, T')`` of the decoder; -100 where there is none.
         shared: places at which all rows begin alike, see `shared_start`.
-        one_picture: whether a picture is among them, which gets gradients; words alone get none.
+        one_picture: whether a picture is among them, see `read_once`.
         **lm_kwargs: of the language model's ``forward``.
 
     Returns:
@@ -168,12 +168,9 @@ def label_logits(
     else:
         inputs_embeds, targets = inputs_embeds[:, :-1], labels[:, 1:]
         attention_mask = None if attention_mask is None else attention_mask[:, :-1]
-    if shared:
-        start = inputs_embeds[:1, :shared]
-        kept = read_once(lm, start if one_picture else start.detach(), inputs_embeds.shape[0])
-        if kept is not None:
-            inputs_embeds, targets = inputs_embeds[:, shared:], targets[:, shared:]
-            lm_kwargs |= {"cache": kept, "use_cache": True}
+        inputs_embeds, begun = read_once(lm, inputs_embeds, shared, one_picture)
+        targets = targets[:, -inputs_embeds.shape[1] :]
+        lm_kwargs |= begun
     labelled = targets != IGNORED
     static = torch.compiler.is_compiling()
     selects = not static and _selects_places(lm)
@@ -211,7 +208,7 @@ def shared_start(
     if not one_picture:
         alike &= ~slots
     alike[:, :-1] &= labels[:, 1:] == IGNORED
-    alike[:, -1] = False
+    alike[:, -2:] = False  # one place is left to read where nothing is learnt
     count = int(alike.all(dim=0).long().cumprod(dim=0).sum())
     return count if count * (len(input_ids) - 1) >= FEWEST_SPARED else 0
 
@@ -297,15 +294,30 @@ def is_expanded(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and len(tensor) > 1 and tensor.stride(0) == 0 and not torch.compiler.is_compiling()
 
 
-def read_once(lm: PreTrainedModel, inputs_embeds: torch.Tensor, rows: int) -> DynamicCache | None:
-    """Keys and values of what all rows begin with, ``(1, T, D)``, repeated for each; None where the language model keeps
-    something else. Gradients flow to it: detach what needs none."""
+def read_once(
+    lm: PreTrainedModel, inputs_embeds: torch.Tensor, shared: int, one_picture: bool = False
+) -> tuple[torch.Tensor, dict]:
+    """Reads what all rows begin with, once.
+
+    Args:
+        inputs_embeds: ``(B, T, D)``.
+        shared: places at which all rows begin alike, see `shared_start`.
+        one_picture: whether a picture is among them, which gets gradients; words alone get none.
+
+    Returns:
+        The embeddings that are left, and by which arguments `read_embeds` goes on to them; all embeddings and none where
+        nothing is shared, or the language model keeps something else than keys and values.
+    """
+    if not shared:
+        return inputs_embeds, {}
+    start = inputs_embeds[:1, :shared]
     last = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(_unadapted(lm).forward) else {}
-    kept = lm(inputs_embeds=inputs_embeds, use_cache=True, return_dict=True, **last).get("cache")
+    start = start if one_picture else start.detach()
+    kept = lm(inputs_embeds=start, use_cache=True, return_dict=True, **last).get("cache")
     if not has_rows(kept):
-        return None
-    kept.batch_repeat_interleave(rows)
-    return kept
+        return inputs_embeds, {}
+    kept.batch_repeat_interleave(len(inputs_embeds))
+    return inputs_embeds[:, shared:], {"cache": kept, "use_cache": True}
 
 
 def _auto_class(config: PreTrainedConfig) -> type:

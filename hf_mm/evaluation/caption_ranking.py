@@ -113,10 +113,8 @@ def _read_start(model: nn.Module, start: torch.Tensor, vision_features: torch.Te
     slots = ids == model.config.image_token_id
     embeds, mask = embed_with_slots(model.language_model, ids, slots, soft_tokens), torch.ones_like(ids)
     words = shared_start(model.language_model, ids, slots, mask, torch.full_like(ids, IGNORED))
-    kept = read_once(model.language_model, embeds[:1, :words], len(ids)) if words else None
-    begun = {} if kept is None else {"cache": kept}
-    rest = embeds[:, words if begun else 0 :]
-    outputs = read_embeds(model.language_model, rest, mask, use_cache=True, logits_to_keep=1, **begun)
+    rest, begun = read_once(model.language_model, embeds, words)
+    outputs = read_embeds(model.language_model, rest, mask, **{"use_cache": True, "logits_to_keep": 1, **begun})
     if not has_rows(outputs.get("cache")):
         raise ValueError(
             f"captions go on from keys and values, which {model.language_model.config.model_type} does not keep."

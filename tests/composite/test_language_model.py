@@ -242,10 +242,10 @@ def test_words_before_pictures_are_read_without_gradient(monkeypatch):
     soft = torch.randn(5, 1, embedding_width(lm), requires_grad=True)
     learnt = []
 
-    def read(lm, embeds, rows):
-        kept = read_once(lm, embeds, rows)
-        learnt.append(kept.layers[0].keys.requires_grad)
-        return kept
+    def read(*args):
+        rest, begun = read_once(*args)
+        learnt.append(begun["cache"].layers[0].keys.requires_grad)
+        return rest, begun
 
     monkeypatch.setattr(language_model, "read_once", read)
     for one_picture in (False, True):
@@ -282,9 +282,12 @@ def test_what_texts_have_in_common_ends_where_they_part():
     told = labels.clone()
     told[0, 9] = 7  # predicted from place 8
     assert shared_start(lm, ids, slots, mask, told) == 8
-    assert (
-        shared_start(lm, ids[:1].repeat(2, 1), torch.zeros_like(slots), mask[:1].repeat(2, 1), labels * 0 - 100) == 16
-    )
+    same, unlabelled = ids[:1].repeat(2, 1), torch.full_like(labels, -100)
+    whole = shared_start(lm, same, torch.zeros_like(slots), mask[:1].repeat(2, 1), unlabelled)
+    assert whole == 15
+    embeds = lm.get_input_embeddings()(same.clamp(min=0))
+    logits, targets = label_logits(lm, embeds, mask[:1].repeat(2, 1), unlabelled, whole)
+    assert logits.shape == (0, lm.config.vocab_size) and targets.shape == (0,)
     lm.get_input_embeddings().weight.requires_grad_(True)
     assert shared_start(lm, ids, slots, mask, labels) == 0
     assert shared_start(lm_of("t5"), ids, slots, mask, labels[:, :4]) == 0
