@@ -19,13 +19,16 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.utils import WeakFileLock
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -314,8 +317,8 @@ def compute_features(
     batch of pictures and one shard of features.
 
     Under `torch.distributed` every rank must call this with the same pictures and a folder that all see; each computes
-    its share of the shards, and all return the whole store. Two calls that know nothing of each other must not write
-    to one folder at a time.
+    its share of the shards, and all return the whole store. Of two runs on one machine that share a folder the second
+    waits, and then computes what the first did not; runs on several machines must not write to one folder at a time.
 
     Args:
         encode: from a list of pictures to ``(b, ...)``, run without gradients; the tower should be in eval mode.
@@ -349,16 +352,18 @@ def compute_features(
         job.index_of.setdefault(key, index)
 
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    plan = _on_first_rank(lambda: job.plan(shard_rows, max_bytes, verify), rank, world_size)
-    share = plan[rank::world_size]
+    with _alone(folder) if rank == 0 else nullcontext():
+        plan = _on_first_rank(lambda: job.plan(shard_rows, max_bytes, verify), rank, world_size)
+        share = plan[rank::world_size]
 
-    def work() -> None:
-        total = sum(len(part.keys) for part in share)
-        with tqdm(total=total, unit=" pictures", desc="Features", disable=not (progress and total) or rank > 0) as bar:
-            for part in share:
-                job.compute(part, bar)
+        def work() -> None:
+            total = sum(len(part.keys) for part in share)
+            hidden = not (progress and total) or rank > 0
+            with tqdm(total=total, unit=" pictures", desc="Features", disable=hidden) as bar:
+                for part in share:
+                    job.compute(part, bar)
 
-    _together(work, world_size)
+        _together(work, world_size)
     store = FeatureStore.open(folder, spec)
     if missing := [key for key in job.index_of if key not in store]:
         first = store.skipped[missing[0]]
@@ -652,6 +657,21 @@ class _Job:
         # The JSON first: a shard with it counts.
         for file in sorted((*left, *self.folder.glob(f"*{ASIDE}")), key=lambda file: file.suffix != ".json"):
             file.unlink()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process of this machine writes to a store, and keeps others waiting."""
+    lock = Path(tempfile.gettempdir()) / "hf_mm-locks" / f"{_digest(os.path.realpath(folder))}.lock"
+    with ExitStack() as held:
+        with suppress(PermissionError):  # another user's
+            lock.parent.mkdir(exist_ok=True)
+            try:
+                held.enter_context(WeakFileLock(lock, timeout=1))
+            except TimeoutError:
+                logger.warning(f"Waiting for another run that computes the features of {folder}.")
+                held.enter_context(WeakFileLock(lock))
+        yield
 
 
 def _scan(folder: Path, verify: bool) -> tuple[FeatureSpec | None, list[_Shard], list[tuple[_Shard, str]]]:

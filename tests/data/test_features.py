@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -155,6 +157,26 @@ def test_a_complete_store_computes_nothing(tmp_path):
     before = files(tmp_path)
     assert compute(tmp_path, Encoder(until=0)).keys == KEYS
     assert files(tmp_path) == before
+
+
+def test_a_second_call_waits_for_the_first_and_computes_the_rest(tmp_path, monkeypatch):
+    began, waits = threading.Event(), threading.Event()
+
+    class Slow(Encoder):
+        def __call__(self, batch):
+            began.set()
+            assert waits.wait(60)
+            return super().__call__(batch)
+
+    monkeypatch.setattr(features.logger, "warning", lambda message: "another run" in message and waits.set())
+    first, second = Slow(), Encoder()
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(compute, tmp_path / "store", first)
+        assert began.wait(60)
+        two = pool.submit(compute, tmp_path / "store", second, keys=[*KEYS, "one more"])
+        assert one.result().keys == KEYS and set(two.result().keys) == {*KEYS, "one more"}
+    assert second.batches == [[COUNT]]
+    assert compute(tmp_path / "store").keys == two.result().keys
 
 
 @pytest.mark.parametrize("until", range(7))
