@@ -60,6 +60,19 @@ def open_language_model(name_or_path: str, **kwargs) -> PreTrainedModel:
     return _reading_embeddings(_auto_class(config).from_pretrained(name_or_path, **kwargs))
 
 
+def generating_language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """A model that was handed over, if it is one that generates from embeddings.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not model.can_generate() or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} does not generate text: give a causal or encoder-decoder language model with its head."
+        )
+    return _reading_embeddings(model)
+
+
 def embedding_width(lm: PreTrainedModel) -> int:
     """D of the input embeddings, which OPT-350M, for one, has narrower than its layers."""
     return _embedding_layer(lm).embedding_dim
@@ -73,7 +86,7 @@ def embedding_rms(lm: PreTrainedModel, chunk_size: int = 8192) -> float:
     device = "cpu" if layer.weight.is_meta else layer.weight.device  # meta: off-loaded, and brought back by the call
     total, count = 0.0, 0
     for ids in torch.arange(layer.num_embeddings, device=device).split(chunk_size):
-        rows = embed_tokens(lm, ids[None]).double().square().mean(-1)
+        rows = embed_tokens(lm, ids[None]).cpu().double().square().mean(-1)
         total, count = total + rows.sum().item(), count + rows.count_nonzero().item()
     return (total / max(count, 1)) ** 0.5
 
@@ -97,11 +110,10 @@ def embed_with_slots(
         ``(B, T, D)`` in the dtype of the language model.
 
     Raises:
-        ValueError: an id of the text is not in the vocabulary, or the slots are not M * Nq. Neither is looked at in a
-            compiled graph.
+        ValueError: an id of the text is not in the vocabulary, or the slots are not M * Nq. A compiled graph does not look
+            at the first, and raises `RuntimeError` at the second.
     """
-    if not torch.compiler.is_compiling():
-        _check_slots(lm, input_ids, slots, soft_tokens)
+    _check_slots(lm, input_ids, slots, soft_tokens)
     embeds = embed_tokens(lm, input_ids.masked_fill(slots, 0))
     return embeds.masked_scatter(slots[..., None].to(embeds.device), soft_tokens.to(embeds))
 
@@ -115,9 +127,13 @@ def read_embeds(
     the last places of `attention_mask`.
 
     Raises:
-        ValueError: padding on the left of an encoder that counts its places by itself, as BART's.
+        ValueError: padding on the left of an encoder that counts its places by itself, as BART's; more places than the
+            language model has learnt.
     """
     _check_side(lm, attention_mask)
+    _check_places(lm, inputs_embeds if attention_mask is None else attention_mask)
+    if (said := lm_kwargs.get("decoder_input_ids")) is not None:
+        _check_places(lm, said)
     if attention_mask is not None and not lm.config.is_encoder_decoder and _takes_positions(lm):
         lm_kwargs.setdefault("position_ids", _positions(attention_mask)[:, -inputs_embeds.shape[1] :])
     return lm(inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **lm_kwargs)
@@ -129,6 +145,25 @@ def decoder_input_ids_of(lm: PreTrainedModel, labels: torch.Tensor) -> torch.Ten
         return lm.prepare_decoder_input_ids_from_labels(labels=labels)
     moved = F.pad(labels[:, :-1], (1, 0), value=lm.config.decoder_start_token_id)
     return moved.masked_fill(moved == IGNORED, lm.config.pad_token_id)
+
+
+def check_labels(lm: PreTrainedModel, labels: torch.Tensor, rows: int) -> None:
+    """Refuses labels that are not (rows, T) ids of the vocabulary or `IGNORED`. Ids are not looked at in a compiled graph.
+
+    Raises:
+        ValueError: as said.
+    """
+    if labels.ndim != 2 or labels.shape[0] != rows:
+        raise ValueError(f"labels must be (texts, tokens) for {rows} texts, but their shape is {tuple(labels.shape)}.")
+    if torch.compiler.is_compiling():
+        return
+    size = _embedding_layer(lm).num_embeddings
+    outside = (labels != IGNORED) & ((labels < 0) | (labels >= size))
+    if outside.any():
+        raise ValueError(
+            f"label {int(labels[outside][0])} is not in the language model's vocabulary, which has {size}: put {IGNORED} "
+            "where nothing is to be learnt, as at pictures and padding."
+        )
 
 
 def label_logits(
@@ -155,7 +190,7 @@ def label_logits(
         labels: ``(B, T)`` beside `inputs_embeds`, or ``(B, T')`` of the decoder; -100 where there is none.
         shared: places at which all rows begin alike, see `shared_start`.
         one_picture: whether a picture is among them, see `read_once`.
-        **lm_kwargs: of the language model's ``forward``.
+        **lm_kwargs: of the language model's ``forward``, whole where they are ``(B, T)`` beside `inputs_embeds`.
 
     Returns:
         logits ``(n, V)`` and targets ``(n,)`` of the n labels, in reading order. In a compiled graph, whose shapes may not
@@ -168,9 +203,14 @@ def label_logits(
     else:
         inputs_embeds, targets = inputs_embeds[:, :-1], labels[:, 1:]
         attention_mask = None if attention_mask is None else attention_mask[:, :-1]
-        inputs_embeds, begun = read_once(lm, inputs_embeds, shared, one_picture)
+        beside = {
+            name: given[:, :-1]
+            for name, given in lm_kwargs.items()
+            if isinstance(given, torch.Tensor) and given.shape == labels.shape
+        }
+        inputs_embeds, begun = read_once(lm, inputs_embeds, 0 if beside else shared, one_picture)
         targets = targets[:, -inputs_embeds.shape[1] :]
-        lm_kwargs |= begun
+        lm_kwargs |= beside | begun
     labelled = targets != IGNORED
     static = torch.compiler.is_compiling()
     selects = not static and _selects_places(lm)
@@ -194,7 +234,8 @@ def shared_start(
     words, such as an instruction or examples before the picture, or with the same picture too.
 
     0 where that spares fewer than `FEWEST_SPARED`, so that a pass of its own would not pay; where the language model
-    trains, as one with adapters does; in a compiled graph.
+    trains, as one with adapters does; where its blocks are computed again in backward, for they then forget what was read;
+    in a compiled graph.
 
     Args:
         input_ids, slots, attention_mask, labels: ``(B, T)``.
@@ -203,6 +244,8 @@ def shared_start(
     if torch.compiler.is_compiling() or lm.config.is_encoder_decoder:
         return 0
     if lm.training or any(parameter.requires_grad for parameter in lm.parameters()):
+        return 0
+    if torch.is_grad_enabled() and any(getattr(module, "gradient_checkpointing", False) for module in lm.modules()):
         return 0
     alike = (input_ids == input_ids[:1]) & attention_mask.bool()
     if not one_picture:
@@ -261,11 +304,13 @@ def generate_from_embeds(
 
     Raises:
         ValueError: padding on the right of a decoder-only language model, or on the left of an encoder that counts its
-            places by itself.
+            places by itself; more places than the language model has learnt.
     """
     _check_side(lm, attention_mask, generates=True)
     changed = {}
     given = generate_kwargs.pop("generation_config", None)
+    new = 0 if lm.config.is_encoder_decoder else _generation_field("max_new_tokens", generate_kwargs, given, lm) or 1
+    _check_places(lm, inputs_embeds if attention_mask is None else attention_mask, max(new - 1, 0))
     names = ("pad_token_id", "eos_token_id", "repetition_penalty")
     pad, eos, penalty = (_generation_field(name, generate_kwargs, given, lm) for name in names)
     if pad is None and eos is not None:
@@ -282,6 +327,11 @@ def generate_from_embeds(
         generate_kwargs["generation_config"].update(**changed)
         generate_kwargs = {name: value for name, value in generate_kwargs.items() if name not in changed}
     return lm.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **generate_kwargs)
+
+
+def takes(lm: PreTrainedModel, name: str) -> bool:
+    """Whether a language model's ``forward`` has an argument of this name."""
+    return name in _arguments(_unadapted(lm).forward)
 
 
 def has_rows(cache: Cache | None) -> bool:
@@ -311,7 +361,7 @@ def read_once(
     if not shared:
         return inputs_embeds, {}
     start = inputs_embeds[:1, :shared]
-    last = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(_unadapted(lm).forward) else {}
+    last = {"logits_to_keep": 1} if takes(lm, "logits_to_keep") else {}
     start = start if one_picture else start.detach()
     kept = lm(inputs_embeds=start, use_cache=True, return_dict=True, **last).get("cache")
     if not has_rows(kept):
@@ -355,6 +405,9 @@ def _scale_outside(lm: PreTrainedModel) -> float:
 
 def _check_slots(lm: PreTrainedModel, input_ids: torch.Tensor, slots: torch.Tensor, soft_tokens: torch.Tensor) -> None:
     count, size = soft_tokens.shape[0] * soft_tokens.shape[1], _embedding_layer(lm).num_embeddings
+    if torch.compiler.is_compiling():
+        torch._assert_async(slots.sum() == count, f"the text has not the {count} slots of its soft tokens.")
+        return
     if (found := int(slots.sum())) != count:
         raise ValueError(f"the text has {found} slots for {count} soft tokens: give as many of both.")
     outside = ~slots & ((input_ids < 0) | (input_ids >= size))
@@ -363,6 +416,28 @@ def _check_slots(lm: PreTrainedModel, input_ids: torch.Tensor, slots: torch.Tens
             f"id {int(input_ids[outside][0])} of the text is not in the language model's vocabulary, which has {size}: "
             "prepare the text with its own tokenizer."
         )
+
+
+def _check_places(lm: PreTrainedModel, given: torch.Tensor, more: int = 0) -> None:
+    """Refuses texts of more places than a language model has learnt, given as a mask or as whatever is (B, T, ...)."""
+    limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or given.shape[1] + more <= limit:
+        return
+    tables = (name for name, module in lm.named_modules() if isinstance(module, nn.Embedding) and _is_of_places(name))
+    if next(tables, None) is None:  # angles of any place can be computed
+        return
+    padded = given.ndim == 2 and not lm.config.is_encoder_decoder
+    longest = int(given.sum(dim=1).max()) if padded else given.shape[1]
+    if longest + more > limit:
+        to_say = f" and {more + 1} to say" if more else ""
+        raise ValueError(
+            f"a text has {longest} places, pictures included{to_say}, but {lm.config.model_type} has learnt {limit}: "
+            "shorten it."
+        )
+
+
+def _is_of_places(name: str) -> bool:
+    return name.rpartition(".")[2] in ("wpe", "embed_positions", "position_embeddings")
 
 
 def _check_side(lm: PreTrainedModel, attention_mask: torch.Tensor | None, generates: bool = False) -> None:
@@ -389,7 +464,7 @@ def _takes_positions(lm: PreTrainedModel) -> bool:
     """Whether a language model can be told the positions. RoBERTa and its like begin at another than 0, and count them
     by themselves, padding on the left included."""
     counts = hasattr(getattr(lm.base_model, "embeddings", None), "create_position_ids_from_inputs_embeds")
-    return not counts and "position_ids" in _arguments(_unadapted(lm).forward)
+    return not counts and takes(lm, "position_ids")
 
 
 def _selects_places(lm: PreTrainedModel) -> bool:
@@ -398,8 +473,7 @@ def _selects_places(lm: PreTrainedModel) -> bool:
     Code that comes with a checkpoint may know only a number of last places, and a language model spread over devices has
     the places on another device than what is chosen of them.
     """
-    lm = _unadapted(lm)
-    if "logits_to_keep" not in _arguments(lm.forward) or type(lm).__module__.startswith("transformers_modules."):
+    if not takes(lm, "logits_to_keep") or type(_unadapted(lm)).__module__.startswith("transformers_modules."):
         return False
     return len({parameter.device for parameter in lm.parameters() if parameter.device.type not in ("cpu", "meta")}) < 2
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import tempfile
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from .freezing import checkpoints_unheld, freeze, has_adapters, hold_frozen, is_
 
 TRAINED_PART = "trained_part.safetensors"
 BASE_MODELS = "base_models.json"
+
+_as_saved = ContextVar("as_saved", default=True)
 
 
 class MMCompositeModel(MMPreTrainedModel):
@@ -41,6 +44,7 @@ class MMCompositeModel(MMPreTrainedModel):
     def post_init(self):
         super().post_init()
         self._freeze_parts()
+        self.register_load_state_dict_post_hook(_refuse_adapters_of_another)
 
     def _part_or_new(self, name: str, part: PreTrainedModel | None) -> PreTrainedModel:
         """A part that was handed over, whose config becomes that of the composite; or a new one from its config."""
@@ -56,15 +60,34 @@ class MMCompositeModel(MMPreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, quantization_config=None, **kwargs):
         """See `transformers.PreTrainedModel.from_pretrained`, which makes every parameter trainable.
 
-        Of a model with a language model, only that is quantised, its head excepted, unless the `quantization_config` has a
-        list of its own (`llm_int8_skip_modules`).
+        Without `dtype`, each part has that with which it was saved. Of a model with a language model, only that is
+        quantised, its head excepted, unless the `quantization_config` has a list of its own (`llm_int8_skip_modules`).
         """
         if quantization_config is not None:
             kwargs["quantization_config"] = cls._for_language_model(quantization_config)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        given = _as_saved.set(kwargs.get("dtype", "auto") == "auto" and "torch_dtype" not in kwargs)
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        finally:
+            _as_saved.reset(given)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
         model._freeze_parts()
         return loaded
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        plan = super()._get_dtype_plan(dtype)
+        if _as_saved.get():
+            own = getattr(self.config, "part_dtypes", None) or {}
+            plan |= {rf"^{name}\b": getattr(torch, dtype) for name, dtype in own.items()}
+        return plan
+
+    def _part_dtypes(self) -> dict[str, str]:
+        """The dtype of every part, frozen or not, and parameter of its own that has another than the model."""
+        own = dict(self.named_parameters(recurse=False))
+        for name, part in self.named_children():
+            own[name] = next((tensor for tensor in part.parameters() if tensor.is_floating_point()), None)
+        others = {name: one.dtype for name, one in own.items() if one is not None and one.dtype != self.dtype}
+        return {name: str(dtype).removeprefix("torch.") for name, dtype in others.items()}
 
     @classmethod
     def _for_language_model(cls, quantization_config):
@@ -88,6 +111,8 @@ class MMCompositeModel(MMPreTrainedModel):
                 raise ValueError(
                     f"{name} is quantised: use save_trained_part, or save its adapters with PEFT, over the same {name}."
                 )
+        if (dtypes := self._part_dtypes()) or hasattr(self.config, "part_dtypes"):
+            self.config.part_dtypes = dtypes
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _freeze_parts(self) -> None:
@@ -222,3 +247,14 @@ class MMCompositeModel(MMPreTrainedModel):
         frozen, tied = tuple(f"{name}." for name in self.frozen_parts), self.all_tied_weights_keys
         state = self.state_dict().items()
         return {name: tensor for name, tensor in state if not name.startswith(frozen) and name not in tied}
+
+
+def _refuse_adapters_of_another(model: MMCompositeModel, keys) -> None:
+    """PEFT passes over what an adapter has for layers that are not there, as those of another language model."""
+    parts = tuple(model.frozen_parts)
+    strange = [key for key in keys.unexpected_keys if any(f"{part}." in key for part in parts)]
+    if strange and has_adapters(model):
+        raise ValueError(
+            f"the adapter is of another base: it has {strange[0]}, which this {type(model).__name__} has not; open it on "
+            "the base it was trained on."
+        )

@@ -27,14 +27,15 @@ def draw_hard_negatives(
     """
     rows, columns = logits.shape
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if gather and is_distributed() else (0, 1)
+    device = torch.device("cpu") if logits.device.type == "mps" else logits.device  # which has no float64
     if generator is None:
-        uniform = torch.rand(rows, columns, device=logits.device, dtype=torch.float64)
+        uniform = torch.rand(rows, columns, device=device, dtype=torch.float64)
     else:
         uniform = torch.rand(ranks * rows, columns, generator=generator, device=generator.device, dtype=torch.float64)
         uniform = uniform[rank * rows :][:rows]
-    gumbel = -(-uniform.to(logits.device).clamp(min=1e-300).log()).log()
-    drawn = (logits.detach().double() + gumbel).masked_fill(same, -torch.inf).argmax(dim=1)
-    return drawn, ~same.all(dim=1)
+    gumbel = -(-uniform.to(device).clamp(min=1e-300).log()).log()
+    drawn = (logits.detach().to(device).double() + gumbel).masked_fill(same.to(device), -torch.inf).argmax(dim=1)
+    return drawn.to(logits.device), ~same.all(dim=1)
 
 
 def image_text_matching_loss(

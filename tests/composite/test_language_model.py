@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from hf_mm.composite import language_model
+from hf_mm.composite.freezing import hold_frozen
 from hf_mm.composite.language_model import (
     embed_tokens,
     embed_with_slots,
@@ -25,6 +26,7 @@ from hf_mm.composite.language_model import (
     label_loss,
     language_model_from_config,
     open_language_model,
+    read_embeds,
     read_once,
     shared_start,
 )
@@ -251,6 +253,69 @@ def test_words_before_pictures_are_read_without_gradient(monkeypatch):
     for one_picture in (False, True):
         label_logits(lm, embed_with_slots(lm, ids, slots, soft), mask, labels, 9, one_picture)
     assert learnt == [False, True]
+
+
+@pytest.mark.usefixtures("every_place_pays")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
+def test_blocks_that_are_computed_again_forget_what_was_read_once(family):
+    """Checkpointed blocks take no cache: all is read, and the loss stays what it was."""
+    lm, (ids, mask, slots, labels) = lm_of(family), beginning(9)
+    soft = torch.randn(5, 1, embedding_width(lm), requires_grad=True)
+
+    def loss():
+        shared = shared_start(lm, ids, slots, mask, labels)
+        return label_loss(*label_logits(lm, embed_with_slots(lm, ids, slots, soft), mask, labels, shared)), shared
+
+    expected, shared = loss()
+    lm.gradient_checkpointing_enable()
+    hold_frozen(lm)
+    found, none = loss()
+    assert (shared, none) == (9, 0)
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        assert loss()[1] == 9
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "bart", "marian"])
+def test_more_places_than_were_learnt_are_refused(family):
+    lm = lm_of(family, max_position_embeddings=8) if family != "gpt2" else lm_of(family, n_positions=8)
+    embeds, mask = torch.randn(2, 9, embedding_width(lm)), torch.ones(2, 9, dtype=torch.long)
+    said = {"decoder_input_ids": torch.zeros(2, 1, dtype=torch.long)} if lm.config.is_encoder_decoder else {}
+    for given in (mask, None):
+        with pytest.raises(ValueError, match="a text has 9 places, pictures included, but .* has learnt 8"):
+            read_embeds(lm, embeds, given, **said)
+        with pytest.raises(ValueError, match="a text has 9 places"):
+            generate_from_embeds(lm, embeds, given, max_new_tokens=1)
+    read_embeds(lm, embeds[:, 1:], mask[:, 1:], **said)
+    if said:
+        with pytest.raises(ValueError, match="a text has 9 places"):
+            read_embeds(lm, embeds[:, :2], mask[:, :2], decoder_input_ids=torch.zeros(2, 9, dtype=torch.long))
+        return
+    padded = torch.cat([torch.zeros(2, 4, dtype=torch.long), mask[:, :6]], dim=1)  # six words are six places
+    wide = torch.randn(2, 10, embedding_width(lm))
+    read_embeds(lm, wide, padded)
+    generate_from_embeds(lm, wide, padded, max_new_tokens=3, do_sample=False)
+    with pytest.raises(ValueError, match="a text has 6 places, pictures included and 4 to say, but .* has learnt 8"):
+        generate_from_embeds(lm, wide, padded, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba", "t5", "m2m_100"])
+def test_places_that_are_computed_have_no_end(family):
+    lm = lm_of(family, max_position_embeddings=8)
+    said = {"decoder_input_ids": torch.zeros(2, 1, dtype=torch.long)} if lm.config.is_encoder_decoder else {}
+    read_embeds(lm, torch.randn(2, 9, embedding_width(lm)), torch.ones(2, 9, dtype=torch.long), **said)
+
+
+def test_what_stands_beside_the_text_is_cut_with_it():
+    lm, (ids, mask, slots, labels) = lm_of("llama"), beginning(9)
+    embeds = embed_with_slots(lm, ids, slots, torch.randn(5, 1, embedding_width(lm)))
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    expected, _ = label_logits(lm, embeds, mask, labels)
+    for shared in (0, 9):
+        found, _ = label_logits(lm, embeds, mask, labels, shared, position_ids=places)
+        torch.testing.assert_close(found, expected)
+        other, _ = label_logits(lm, embeds, mask, labels, shared, position_ids=places * 2)
+        assert (other - expected).abs().max() > 1e-3
 
 
 def test_a_pass_of_its_own_must_pay():

@@ -161,6 +161,10 @@ class MMBlip2Config(PreTrainedConfig):
         """Soft tokens a picture."""
         return self.qformer_config.num_query_tokens
 
+    @num_query_tokens.setter
+    def num_query_tokens(self, value: int):
+        raise ValueError("num_query_tokens is the Q-Former's: set it in qformer_config.")
+
     @property
     def is_encoder_decoder(self) -> bool:
         """Whether the language model is."""

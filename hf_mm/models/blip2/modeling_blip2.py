@@ -11,11 +11,13 @@ from transformers.utils.generic import can_return_tuple
 
 from ...composite.language_model import (
     IGNORED,
+    check_labels,
     decoder_input_ids_of,
     embed_with_slots,
     embedding_rms,
     embedding_width,
     generate_from_embeds,
+    generating_language_model,
     is_expanded,
     label_logits,
     label_loss,
@@ -23,6 +25,7 @@ from ...composite.language_model import (
     open_language_model,
     read_embeds,
     shared_start,
+    takes,
 )
 from .configuration_blip2 import MMBlip2Config
 from .modeling_blip2_base import AnyVisionTower, MMBlip2Model, MMBlip2ModelOutput, MMBlip2PreTrainedModel, opened
@@ -33,6 +36,7 @@ from .modeling_blip2_stage1 import MMBlip2ForImageTextRetrieval, MMBlip2ForPreTr
 class AnyLanguageModel:
     """Opens a causal or an encoder-decoder language model."""
 
+    part_of = staticmethod(generating_language_model)
     from_config = staticmethod(language_model_from_config)
     from_pretrained = staticmethod(open_language_model)
 
@@ -219,14 +223,19 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
             decoder_input_ids, decoder_attention_mask: of an encoder-decoder; by default from the labels.
             interpolate_pos_encoding: accept pictures of another size than the tower's own.
             num_items_in_batch: labels in the whole batch, of which this may be a part; by default those given.
+            **kwargs: of the language model's ``forward``.
 
         Raises:
             ValueError: pictures and slots are not equally many, or a call that the parts refuse.
+            TypeError: an argument that the language model does not take.
         """
         self.hold_frozen_parts()
         self._check_shapes(input_ids, attention_mask, labels)
+        self._check_names(kwargs)
         if kwargs.get("cache") is not None:
             raise ValueError("this model reads pictures and text at once and takes no cache: call generate.")
+        if labels is not None and kwargs.get("logits_to_keep"):
+            raise ValueError("a loss needs the logits wherever there is a label: leave logits_to_keep or labels out.")
         kwargs.setdefault("use_cache", False)
         recorded = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
         images, inputs_embeds = self._embed(
@@ -423,13 +432,28 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
                 raise ValueError(
                     f"{name} must have the shape of input_ids, {tuple(input_ids.shape)}, not {tuple(given.shape)}."
                 )
+        if labels is not None:
+            check_labels(self.language_model, labels, input_ids.shape[0])
 
-    def _check_slots(self, slots: torch.Tensor, num_images: int) -> None:
+    def _check_names(self, given: dict) -> None:
+        """Refuses what nobody would read, such as pictures by another name."""
         if torch.compiler.is_compiling():
             return
+        for name in given:
+            if name not in TransformersKwargs.__annotations__ and not takes(self.language_model, name):
+                raise TypeError(
+                    f"there is no argument {name!r}: pictures are given as pixel_values or vision_features, all else as "
+                    f"{self.language_model.config.model_type} names it."
+                )
+
+    def _check_slots(self, slots: torch.Tensor, num_images: int) -> None:
         number = self.config.num_query_tokens
         per_row = slots.sum(dim=1)
-        if int(per_row.sum()) != num_images * number or (per_row % number).any():
+        if torch.compiler.is_compiling():
+            torch._assert_async(
+                (per_row % number == 0).all(), f"a text has slots of a picture in part: {number} are one."
+            )
+        elif int(per_row.sum()) != num_images * number or (per_row % number).any():
             raise ValueError(
                 f"input_ids have {per_row.tolist()} image slots a row (id {self.config.image_token_id}), but {num_images} "
                 f"pictures need {number} each: prepare text and pictures with one call of the processor."

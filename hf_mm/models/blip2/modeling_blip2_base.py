@@ -36,6 +36,8 @@ class MMBlip2ModelOutput(ModelOutput):
 class AnyVisionTower:
     """Opens the vision encoder of whatever `AutoModel` opens."""
 
+    part_of = staticmethod(vision_encoder)
+
     @staticmethod
     def from_config(config) -> PreTrainedModel:
         return vision_encoder(AutoModel.from_config(config))
@@ -186,13 +188,21 @@ class MMBlip2Model(MMBlip2PreTrainedModel):
 
 
 def opened(auto: type, source: str | PreTrainedModel) -> tuple[PreTrainedModel, dict]:
-    """The model, and where it came from."""
+    """The part of a model that is wanted, opened or handed over, and where it came from.
+
+    Raises:
+        ValueError: what was handed over is no such model.
+    """
+    if isinstance(source, nn.Module) and not isinstance(source, PreTrainedModel):
+        raise ValueError(
+            f"a {type(source).__name__} is no PreTrainedModel: give one, a folder or a Hub id (of what PEFT has wrapped, "
+            "its get_base_model())."
+        )
     model = source if isinstance(source, PreTrainedModel) else auto.from_pretrained(source)
     name = source.name_or_path if isinstance(source, PreTrainedModel) else str(source)
     revision = getattr(model.config, "_commit_hash", None)
-    if auto is AnyVisionTower:
-        model = vision_encoder(model)  # which, of a whole model, has no name of its own
-    return model, {"name": name, "revision": revision}
+    # Of a whole model, what is wanted has no name of its own.
+    return auto.part_of(model), {"name": name, "revision": revision}
 
 
 __all__ = ["MMBlip2Model"]

@@ -154,6 +154,8 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
             ValueError: both or neither of pixels and features, or pairs of pictures or texts that are not there.
         """
         self.hold_frozen_parts()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
         keys_values = self.qformer.picture_keys_values(
             self._picture_tokens(pixel_values, vision_features, interpolate_pos_encoding)
         )
@@ -299,7 +301,7 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
         return nn.functional.normalize(at_least_float32(self.vision_projection(queries)), dim=-1)
 
     def _embed_texts(self, text: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        first = text[:, 0] if attention_mask is None else text[_arange(text), attention_mask.argmax(dim=1)]
+        first = text[:, 0] if attention_mask is None else text[_arange(text), attention_mask.long().argmax(dim=1)]
         return nn.functional.normalize(at_least_float32(self.text_projection(first)), dim=-1)
 
     def _match(

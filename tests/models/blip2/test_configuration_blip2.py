@@ -46,3 +46,9 @@ def test_what_no_longer_fits_is_not_saved(tmp_path):
 def test_defaults_are_the_published_ones():
     """The Q-Former's are those for ViT-g, the config's default tower."""
     assert MMBlip2Config().qformer_config.to_dict() == MMBlip2QFormerConfig().to_dict()
+
+
+def test_queries_are_the_q_formers():
+    """Under the name that transformers' config has for them."""
+    with pytest.raises(ValueError, match="num_query_tokens is the Q-Former's: set it in qformer_config"):
+        MMBlip2Config(num_query_tokens=8)

@@ -12,6 +12,7 @@ from small import (
     labels_of,
     lively,
     pictures,
+    places_read,
     qformer_fields,
     slots,
     stage2,
@@ -27,6 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_mm.composite import language_model
 from hf_mm.composite.language_model import open_language_model
 from hf_mm.models.blip2.modeling_blip2 import MMBlip2ForConditionalGeneration
 from hf_mm.models.blip2.modeling_blip2_stage1 import MMBlip2ForPreTraining
@@ -140,7 +142,56 @@ def test_checkpointing_recomputes_the_language_model_with_equal_gradients(name):
         assert torch.allclose(gradients[1][key], value, rtol=1e-9, atol=1e-14), key
 
 
+def test_checkpointing_computes_the_loss_of_what_texts_begin_with(monkeypatch):
+    """Words before the picture, which all texts share, are read with the rest then."""
+    monkeypatch.setattr(language_model, "FEWEST_SPARED", 1)
+    model = stage2().double().train()
+    rows = [[0, *range(10, 20), *slots(), 5, 6], [0, *range(10, 20), *slots(), 7, 8]]
+    batch = {**feed(model, rows), "pixel_values": pictures(2).double()}
+    batch["labels"] = batch["labels"].where(torch.arange(batch["labels"].shape[1]) > 13, -100)
+    places, losses = places_read(model.language_model), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append((loss.detach(), model.language_projection.weight.grad.clone()))
+    assert places[:2] == [11, 2 * 4] and places[2] == 2 * 15
+    torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-14)
+
+
 # --- saved and opened ---
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "language_model"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_each_part_keeps_its_dtype(part, dtype, tmp_path):
+    """Of a frozen part in half precision beside what trains in float32; unless one dtype is asked for."""
+    model = stage2()
+    getattr(model, part).to(dtype)
+    model.save_pretrained(tmp_path)
+    again = MMBlip2ForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert again[name].dtype == tensor.dtype and again[name].equal(tensor), name
+    for asked in (torch.float32, torch.float16, torch.bfloat16):
+        whole = MMBlip2ForConditionalGeneration.from_pretrained(tmp_path, dtype=asked)
+        assert {tensor.dtype for tensor in whole.parameters()} == {asked}
+    model.float().save_pretrained(tmp_path)
+    whole = MMBlip2ForConditionalGeneration.from_pretrained(tmp_path)
+    assert {tensor.dtype for tensor in whole.parameters()} == {torch.float32}
+
+
+def test_what_is_no_part_is_refused(tmp_path):
+    tower, language_model = saved_parts(tmp_path)
+    lm = open_language_model(language_model)
+    for wrong, message in (
+        (lm.model, "LlamaModel does not generate text"),
+        (AutoModel.from_pretrained(tower), "does not generate text: give a causal or encoder-decoder language model"),
+        (get_peft_model(open_language_model(language_model), LoraConfig(**LORA_OF_LM)), "is no PreTrainedModel: give"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            between(tower, wrong)
 
 
 def saved_parts(folder, name: str = "llama", **text_fields) -> tuple[str, str]:
@@ -295,6 +346,7 @@ def test_a_language_model_on_disk_answers_the_same(name, places, tmp_path):
 
 # --- PEFT ---
 
+LORA_OF_LM = {"r": 2, "target_modules": ["q_proj"]}
 LORA = {"r": 2, "lora_alpha": 8, "init_lora_weights": False, "target_modules": r".*language_model.*\.(q_proj|v_proj)"}
 
 
@@ -349,6 +401,15 @@ def test_an_adapter_is_saved_opened_and_merged(name, tmp_path):
         assert isinstance(merged, MMBlip2ForConditionalGeneration)
         assert torch.allclose(merged(**batch).logits, logits, rtol=0, atol=1e-5)
         assert torch.equal(merged.generate(**prompt), generated)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    """PEFT alone would leave out what has no place."""
+    get_peft_model(stage2(), LoraConfig(**LORA, modules_to_save=OWN)).save_pretrained(tmp_path)
+    for other in (stage2(language_model="opt"), stage2(text_fields={"num_hidden_layers": 1})):
+        with pytest.raises(ValueError, match="the adapter is of another base: it has .*language_model.*q_proj"):
+            PeftModel.from_pretrained(other, tmp_path)
+    PeftModel.from_pretrained(stage2(), tmp_path)
 
 
 def test_dropout_of_adapters_acts_while_that_of_the_language_model_does_not():

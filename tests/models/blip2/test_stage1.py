@@ -383,6 +383,14 @@ class TestRetrieval:
         ):
             with pytest.raises(ValueError, match=message):
                 model.get_matching_logits(**batch, pairs=torch.tensor(wrong))
+        with pytest.raises(ValueError, match="batch_size must be at least 1"):
+            model.get_matching_logits(**batch, batch_size=0)
+
+    def test_a_mask_of_booleans(self, model):
+        batch = pairs()
+        boolean = {**batch, "attention_mask": batch["attention_mask"].bool()}
+        out, expected = (model(**given, generator=seeded()) for given in (boolean, batch))
+        assert out.loss.equal(expected.loss) and out.logits_per_image.equal(expected.logits_per_image)
 
     def test_matching_loss_is_of_these_logits(self):
         """What a pair scores in retrieval is what the loss trained."""

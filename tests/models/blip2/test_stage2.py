@@ -403,6 +403,10 @@ def wrong_calls(model) -> dict[str, dict]:
             "qformer_input_ids": torch.tensor([[1, 2]]),
         },
         "labels of another length": {**right, "pixel_values": image, "labels": torch.tensor([[5, 5]])},
+        "labels of slots": {**right, "pixel_values": image, "labels": right["input_ids"]},
+        "a label beyond the vocabulary": {**right, "pixel_values": image, "labels": right["input_ids"] * 0 + 64},
+        "labels without rows": {**right, "pixel_values": image, "labels": torch.tensor([5])},
+        "labels and few logits": {**right, "pixel_values": image, "labels": labels_of(right), "logits_to_keep": 1},
         "a mask of another length": {**right, "pixel_values": image, "attention_mask": torch.ones(1, 2)},
         "rows without tokens": {"input_ids": torch.zeros(1, 0, dtype=torch.long)},
         "no rows": {"input_ids": torch.zeros(0, 4, dtype=torch.long)},
@@ -415,6 +419,30 @@ def test_a_wrong_call_is_refused_in_a_sentence(case, training):
     model = stage2().train(training)
     with pytest.raises(ValueError, match=r"\w+ \w+ \w+"):
         model(**wrong_calls(model)[case])
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_pictures_by_another_name_are_not_passed_over(name):
+    model, words = stage2(language_model=name), batch_of([[5, 6, 7]])
+    for wrong in ({"pixel_value": pictures(1)}, {"images": [pictures(1)[0]]}):
+        with pytest.raises(TypeError, match="there is no argument '.*': pictures are given as pixel_values"):
+            model(**words, labels=words["input_ids"], **wrong)
+        with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
+            model.generate(**words, **wrong)
+
+
+def test_encoder_decoders_refuse_labels_of_other_rows():
+    model = stage2(language_model="t5")
+    with pytest.raises(ValueError, match=r"labels must be \(texts, tokens\) for 1 texts, but their shape is \(2, 3\)"):
+        model(**batch_of([[*slots(), 5]]), pixel_values=pictures(1), labels=torch.full((2, 3), 5))
+
+
+def test_more_places_than_the_language_model_has_learnt_are_refused():
+    model = stage2(language_model="gpt2")
+    long = batch_of([[*slots(), *[5] * (129 - QUERIES)]])
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="a text has 129 places, pictures included, but gpt2 has learnt 128"):
+            call(**long, pixel_values=pictures(1))
 
 
 @pytest.mark.parametrize("case", ["a slot too many", "no slot", "no picture", "pictures and features", "nothing"])
@@ -675,9 +703,6 @@ def test_generate_gives_scores_and_sequences_where_asked():
     assert len(outputs.scores) == outputs.sequences.shape[1] - batch["input_ids"].shape[1]
 
 
-# --- compiled ---
-
-
 def test_a_filled_cache_is_refused():
     model = stage2()
     ids = torch.tensor([[5, 6]])
@@ -693,3 +718,17 @@ def test_a_batch_without_pictures_trains():
     model(input_ids=ids, labels=ids).loss.backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in trained)
+
+
+# --- compiled ---
+
+
+@torch.no_grad()
+def test_a_compiled_model_passes_over_no_picture():
+    model, image = stage2(), pictures(1)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled(**batch_of([[*slots(), 5]]), pixel_values=image)
+    with pytest.raises(RuntimeError, match="the text has not the 3 slots of its soft tokens"):
+        compiled(**batch_of([[5, 6, 7, 8]]), pixel_values=image)
+    with pytest.raises(RuntimeError, match="a text has slots of a picture in part: 3 are one"):
+        compiled(**batch_of([[SLOT, SLOT, 5, 6], [SLOT, 5, 6, 7]]), pixel_values=image)
