@@ -62,7 +62,16 @@ from hf_mm.data.collators import (
 )
 from hf_mm.data.emoji import load_emoji
 from hf_mm.data.features import FeatureRows, compute_features, feature_spec, row_keys, view_key
-from hf_mm.data.image_text import DataArguments, ImageText, ImageTextRows, any_caption, no_text
+from hf_mm.data.image_text import (
+    BrokenRow,
+    Columns,
+    DataArguments,
+    ImageText,
+    ImageTextRows,
+    any_caption,
+    is_missing,
+    no_text,
+)
 from hf_mm.data.sampling import GroupBatchSampler
 from hf_mm.evaluation.captioning import coco_scorers, evaluate_captioning
 from hf_mm.evaluation.embeddings import inference
@@ -74,8 +83,8 @@ from hf_mm.models.blip2.modeling_blip2 import MMBlip2ForConditionalGeneration
 from hf_mm.models.blip2.modeling_blip2_base import MMBlip2PreTrainedModel
 from hf_mm.models.blip2.modeling_blip2_stage1 import MMBlip2ForPreTraining
 from hf_mm.models.blip2.processing_blip2 import MMBlip2Processor
-from hf_mm.models.blip2.text_blip2 import clean_caption
-from hf_mm.trainers.blip2 import Blip2Trainer, Blip2TrainingArguments, WordWarmup
+from hf_mm.models.blip2.text_blip2 import clean_caption, clean_question
+from hf_mm.trainers.blip2 import Blip2Trainer, Blip2TrainingArguments, WordWarmup, refuse_data_parallel
 from hf_mm.trainers.callbacks import LiveProgress
 from hf_mm.trainers.checkpointing import latest_checkpoint
 from hf_mm.trainers.recipes import (
@@ -88,6 +97,10 @@ from hf_mm.trainers.recipes import (
 
 QFORMER_STAGES = ("stage1", "retrieval")
 STAGES = (*QFORMER_STAGES, "words", "stage2", "captioning", "vqa")
+QFORMER_TEXT = (  # fields of its config that its text brings
+    *("use_text", "vocab_size", "max_position_embeddings"),
+    *("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id"),
+)
 SPLITS = ("cell", "concept", "style")  # of the bundled pictures: known emoji in a new drawing, new emoji, a new artist
 SMOLLM2 = "smollm2"
 GROUP_BY_LENGTH = "group_by_length"
@@ -222,9 +235,10 @@ ARGUMENTS = (
 
 @dataclass
 class Captions(Data):
-    """A source whose texts are captions, or answers to questions."""
+    """A source whose texts are captions, or answers to questions; where it `needs_words`, none may be empty, cleaned."""
 
     described: bool = False
+    needs_words: bool = False
     question_column: str | None = None
     tokens_of: Callable[[list[str]], list[list[int]]] | None = None
 
@@ -234,32 +248,48 @@ class Captions(Data):
 
     @property
     def question_of(self):
-        return partial(column_text, self.question_column) if self.question_column else None
+        return partial(question_of, self.question_column) if self.question_column else None
 
     def corpus(self) -> Iterable[str]:
         is_own = self.described or self.train is None
         return super().corpus() if is_own else islice(self.train.texts(), CAPTIONS_FOR_VOCABULARY)
 
-    def without_blank(self) -> tuple[Captions, dict[str, str]]:
-        """The training rows whose captions all have words, and why others are left out.
+    def columns_of(self, columns: Columns) -> Columns:
+        """The columns, which now tell of texts that cannot be learnt."""
+        return replace(columns, text_fault=partial(text_fault, self.question_column)) if self.needs_words else columns
 
-        A caption in which there is no word cannot be learnt. (Rows without a caption are told of when they are read, and
-        so are those of a stream.)
+    def learnable(self) -> tuple[Captions, dict[str, str]]:
+        """Without the rows, of those held out too, whose texts cannot be learnt; and why they are left out.
+
+        Told before pictures are read, whose kept features are shared with runs on other texts of theirs. (A stream tells
+        of a row when it comes.)
+
+        Raises:
+            ValueError: a row is left out (`strict`), or all that were to be trained on.
         """
-        if self.train is None:
-            return self, {}
-        columns, light = self.train.columns, self.train.dataset.remove_columns([self.train.columns.image])
-        kept, skipped = [], {}
-        for place, (number, row) in enumerate(zip(self.train.numbers, light, strict=True)):
-            captions = columns.captions(row)
-            if captions and not all(map(clean_caption, captions)):
-                skipped[columns.image_id(row, number)] = "a caption of it has no word"
-            else:
+        skipped = {}
+        parts = {name: self._learnable_rows(getattr(self, name), skipped) for name in ("train", "held_out")}
+        if self.train and not parts["train"]:
+            first, reason = next(iter(skipped.items()))
+            raise ValueError(f"None of the {len(self.train)} rows can be trained on; the first: {first}: {reason}.")
+        return replace(self, **parts), skipped
+
+    def _learnable_rows(self, rows: ImageTextRows | None, skipped: dict[str, str]) -> ImageTextRows | None:
+        if rows is None:
+            return None
+        columns, kept = self.columns_of(rows.columns), []
+        for place, row in enumerate(rows.dataset.remove_columns([columns.image])):
+            reason = columns.fault(columns.captions(row), row)
+            if reason is None:
                 kept.append(place)
-        if not skipped:
-            return self, {}
-        numbers = [self.train.numbers[place] for place in kept]
-        return replace(self, train=ImageTextRows(self.train.dataset.select(kept), columns, numbers)), skipped
+                continue
+            name = columns.image_id(rows.dataset[place], rows.numbers[place])
+            if self.args.strict:
+                raise BrokenRow(name, reason)
+            skipped[name] = reason
+        if len(kept) == len(rows):
+            return rows
+        return ImageTextRows(rows.dataset.select(kept), columns, [rows.numbers[place] for place in kept])
 
     def sampler(self, rows: Sequence[int], args: Blip2TrainingArguments) -> GroupBatchSampler:
         lengths = self.lengths(rows) if args.train_sampling_strategy == GROUP_BY_LENGTH else None
@@ -274,14 +304,32 @@ class Captions(Data):
     def draws(self, image_processor, args: Blip2TrainingArguments):
         dataset, sampler = super().draws(image_processor, args)
         dataset.samples.label_of = self.question_of
+        if self.train is None:
+            dataset.columns = self.columns_of(dataset.columns)
         return dataset, sampler
 
 
-def column_text(column: str, sample: ImageText) -> str:
-    """Raises ValueError where there is no such column."""
-    if column not in sample.row:
-        raise ValueError(f"The data has no column {column!r}, only {', '.join(sample.row)}: set question_column.")
-    return str(sample.row[column])
+def question_in(column: str, row: dict[str, Any]) -> str:
+    """The question of a row, empty where it is missing.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    if column not in row:
+        raise ValueError(f"The data has no column {column!r}, only {', '.join(row)}: set question_column.")
+    return "" if is_missing(row[column]) else str(row[column])
+
+
+def question_of(column: str, sample: ImageText) -> str:
+    return question_in(column, sample.row)
+
+
+def text_fault(question_column: str | None, captions: list[str], row: dict[str, Any]) -> str | None:
+    """What of a row is empty once it is cleaned, a caption or (of vqa, whose answers stay as they are) the question."""
+    if question_column is not None:
+        has_word = clean_question(question_in(question_column, row)).strip()
+        return None if has_word else "its question has no word"
+    return None if all(map(clean_caption, captions)) else "a caption of it has no word"
 
 
 def build(args: ModelArguments, data: Captions) -> tuple[MMBlip2PreTrainedModel, MMBlip2Processor]:
@@ -392,12 +440,13 @@ def read_questions(
 ) -> tuple[MMBlip2ForConditionalGeneration, PreTrainedTokenizerBase]:
     """The model with the Q-Former's text, which stage 2 dropped, as stage 1 had it; and its tokenizer."""
     before, processor = open_blip2(MMBlip2ForPreTraining, stage1)
-    whole = MMBlip2ForConditionalGeneration.from_stage1(before, model.language_model, use_text=True)
-    whole.config.base_models = model.config.base_models
-    whole.vision_tower, whole.vision_norm = model.vision_tower, model.vision_norm
-    whole.language_projection = model.language_projection
-    whole.qformer.load_state_dict(whole.qformer.state_dict() | model.qformer.state_dict())
-    return whole, processor.tokenizer
+    for name in QFORMER_TEXT:
+        setattr(model.config.qformer_config, name, getattr(before.config.qformer_config, name))
+    whole = MMBlip2ForConditionalGeneration(model.config, model.vision_tower, model.language_model)
+    whole.generation_config = model.generation_config
+    whole.vision_norm, whole.language_projection = model.vision_norm, model.language_projection
+    whole.qformer.load_state_dict(before.qformer.state_dict() | model.qformer.state_dict())
+    return whole.eval(), processor.tokenizer
 
 
 def at_size(image_processor: Any, image_size: int) -> Any:
@@ -421,7 +470,7 @@ def collator_of(
     if args.stage in QFORMER_STAGES:
         return QFormerCollator(processor, augmentation)
     if args.stage == "words":
-        return WordCollator(processor, data.corpus(), augmentation, args.blind)
+        return WordCollator(processor, filter(clean_caption, data.corpus()), augmentation, args.blind)
     # An encoder-decoder learns to go on from the beginning of a caption (section 3.3).
     splits = args.stage == "stage2" and processor.is_encoder_decoder
     mode = "vqa" if args.stage == "vqa" else "prefix_lm" if splits else "caption"
@@ -700,6 +749,7 @@ def check(
 ) -> None:
     """Refuses settings that do not go together, before anything is computed."""
     refuse_other_sampling(args, GROUP_BY_LENGTH)
+    refuse_data_parallel(args)
     if data_args.streaming and args.train_sampling_strategy == GROUP_BY_LENGTH:
         raise ValueError("a stream is read in its own order: leave train_sampling_strategy out.")
     if not feature_args.cache_features and model_args.blind:
@@ -735,10 +785,12 @@ def train(argv: list[str] | None = None) -> Path:
 
     set_seed(args.seed)
     question_column = text_args.question_column if model_args.stage == "vqa" else None
-    data = replace(Captions.open(data_args), described=text_args.described, question_column=question_column)
-    blank = {}
-    if model_args.stage in ("words", "stage2", "captioning"):
-        data, blank = data.without_blank()
+    data, unlearnable = replace(
+        Captions.open(data_args),
+        described=text_args.described,
+        needs_words=model_args.stage not in QFORMER_STAGES,
+        question_column=question_column,
+    ).learnable()
     model, processor = build(model_args, data)
     if model_args.stage not in QFORMER_STAGES:
         model.generation_config.update(**eval_args.generation)
@@ -766,7 +818,7 @@ def train(argv: list[str] | None = None) -> Path:
         trainer.model = model.warmed_up()
     trainer.save_whole_model(output_dir)
 
-    skipped = trainer.gather_skipped() | unreadable | blank
+    skipped = trainer.gather_skipped() | unreadable | unlearnable
     sets = test_sets(data, processor, skipped, eval_args.eval_pictures)
     if feature_args.cache_features:
         size = feature_args.features_batch_size

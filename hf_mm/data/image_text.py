@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from glob import escape, glob
@@ -130,13 +130,15 @@ class ImageText:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what."""
+    """Which columns hold what, and what else a row needs: `text_fault` says of captions and their row why they cannot be
+    learnt, or None."""
 
     image: str
     caption: str | None
     group: str | None = None
     row_id: str | None = None
     folder: Path | None = None
+    text_fault: Callable[[list[str], dict[str, Any]], str | None] | None = None
 
     @classmethod
     def find(cls, names: Sequence[str], args: DataArguments, folder: Path | None = None) -> Columns:
@@ -164,16 +166,14 @@ class Columns:
             allow_blank: take a blank caption for the empty text.
 
         Raises:
-            BrokenRow: the picture is missing or unreadable, or all captions are missing or blank.
+            BrokenRow: the picture is missing or unreadable, all captions are missing or blank, or there is a `text_fault`.
         """
         name = self.image_id(row, number)
-        if row.get(ERROR_COLUMN):
-            raise BrokenRow(name, row[ERROR_COLUMN])
         captions = self.captions(row)
         if allow_blank and not captions and isinstance(row.get(self.caption), str):
             captions = [""]
-        if not captions and self.caption is not None:
-            raise BrokenRow(name, "it has no caption")
+        if reason := self.fault(captions, row):
+            raise BrokenRow(name, reason)
         try:
             image = to_rgb(self.picture(row))
         except (OSError, TypeError, ValueError) as error:
@@ -186,11 +186,19 @@ class Columns:
         value = row.get(self.caption)
         value = _list_in(value) if isinstance(value, str) else value
         values = value if isinstance(value, (list, tuple)) else [value]
-        return [str(text) for text in values if not _is_missing(text) and str(text).strip()]
+        return [str(text) for text in values if not is_missing(text) and str(text).strip()]
+
+    def fault(self, captions: list[str], row: dict[str, Any]) -> str | None:
+        """Why a row cannot be trained on, whatever its picture is; or None."""
+        if row.get(ERROR_COLUMN):
+            return row[ERROR_COLUMN]
+        if not captions and self.caption is not None:
+            return "it has no caption"
+        return self.text_fault(captions, row) if self.text_fault else None
 
     def image_id(self, row: dict[str, Any], number: int | str) -> str:
         """The row's own id, else the picture's file, else its number from 0: what a message calls it."""
-        if self.row_id and not _is_missing(row.get(self.row_id)):
+        if self.row_id and not is_missing(row.get(self.row_id)):
             return str(row[self.row_id])
         picture = row.get(self.image)
         inner = picture.get("path") if isinstance(picture, dict) else None
@@ -198,7 +206,7 @@ class Columns:
 
     def group_of(self, row: dict[str, Any], number: int | str) -> str:
         """What the picture shows; without a group column, the picture itself: its file, or a hash of its bytes."""
-        if self.group and not _is_missing(row.get(self.group)):
+        if self.group and not is_missing(row.get(self.group)):
             return str(row[self.group])
         picture = row.get(self.image)
         content = picture.get("bytes") if isinstance(picture, dict) else picture
@@ -247,7 +255,7 @@ class ImageTextRows(Sequence):
         """The group of every row, without decoding a picture."""
         if self.columns.group:
             groups = self.dataset[self.columns.group][:]
-            if not any(map(_is_missing, groups)):
+            if not any(map(is_missing, groups)):
                 return list(map(str, groups))
         needed = [name for name in (self.columns.group, self.columns.image) if name]
         light = self.dataset.select_columns(needed)
@@ -387,7 +395,8 @@ def _find_column(names: Sequence[str], wanted: str | None, usual: Iterable[str],
     return found[0]
 
 
-def _is_missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
+    """Whether it is what tables have in the place of nothing: None or NaN."""
     return value is None or value != value
 
 

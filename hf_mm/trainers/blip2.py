@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -40,6 +40,20 @@ class Blip2TrainingArguments(PictureTrainingArguments):
         super().__post_init__()
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must be above 0 and at most 1, not {self.layer_decay}.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor is not followed by the losses of BLIP-2: set it to 0 (stage 1 smooths by "
+                "label_smoothing of its config)."
+            )
+
+
+def refuse_data_parallel(args: TrainingArguments) -> None:
+    """Raises ValueError where one process has several GPUs, over which Trainer would copy the model in every step."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process cannot train this model on {args.n_gpu} GPUs: start one for each with torchrun or accelerate "
+            "launch, or show it a single GPU by CUDA_VISIBLE_DEVICES."
+        )
 
 
 class Blip2Trainer(PictureTrainer):
@@ -47,7 +61,14 @@ class Blip2Trainer(PictureTrainer):
 
     What it adds to `PictureTrainer`: the parts of the loss, the accuracies and the temperature in the log, hard negatives
     that are a function of seed and step alone, and ``layer_decay`` (Li et al. 2023, appendix; the released code writes it down and does not apply it).
+
+    Raises:
+        ValueError: see `PictureTrainer`; or one process has several GPUs.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        refuse_data_parallel(self.args)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """See `PictureTrainer.compute_loss`. Hard negatives are drawn alike on one process and on many, step by step.
@@ -55,7 +76,9 @@ class Blip2Trainer(PictureTrainer):
         if getattr(self.data_collator, "blind", False):
             texts = inputs.get("input_ids", inputs.get("word_targets"))
             inputs = {**inputs, "vision_features": inputs["vision_features"].expand(len(texts), -1, -1)}
-        if model.training and isinstance(self.accelerator.unwrap_model(model), MMBlip2ForImageTextRetrieval):
+        whole = self.accelerator.unwrap_model(model)
+        whole = whole.get_base_model() if hasattr(whole, "peft_config") else whole
+        if model.training and isinstance(whole, MMBlip2ForImageTextRetrieval):
             draw = torch.Generator().manual_seed(stable_id(f"{self.args.seed}/{self.state.global_step}"))
             inputs = {**inputs, "generator": draw}
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -110,13 +133,14 @@ def layer_decay_factors(tower: PreTrainedModel, decay: float) -> dict[nn.Paramet
 
 
 def split_by_rate(groups: list[dict], factors: dict[nn.Parameter, float]) -> list[dict]:
-    """The groups of a new optimizer, divided so that all parameters of one have the same factor on the learning rate."""
+    """The groups of a new optimizer, divided so that all parameters of one have the same factor on the learning rate; the
+    highest comes first, which is the one that Trainer logs."""
     divided = []
     for group in groups:
         by_factor = defaultdict(list)
         for parameter in group["params"]:
             by_factor[factors.get(parameter, 1.0)].append(parameter)
-        for factor, parameters in sorted(by_factor.items(), key=lambda item: item[0]):
+        for factor, parameters in sorted(by_factor.items(), key=lambda item: -item[0]):
             divided.append({**group, "params": parameters, "lr": group["lr"] * factor})
     return divided
 

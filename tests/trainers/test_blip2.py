@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import LlamaForCausalLM, ResNetConfig, ResNetModel
 
@@ -137,9 +138,12 @@ def test_averages_leave_out_what_could_not_be_measured(tmp_path):
     assert logs["some"] == 4.0 and "none" not in logs
 
 
-def test_hard_negatives_are_a_function_of_seed_and_step(tmp_path):
-    """Whatever torch's own generator says; another step or seed draws others."""
-    trainer = trainer_of(stage1(), tmp_path)
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "adapters"])
+def test_hard_negatives_are_a_function_of_seed_and_step(tmp_path, adapted):
+    """Whatever torch's own generator says; another step or seed draws others. With adapters it has another class."""
+    model = stage1()
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])) if adapted else model
+    trainer = trainer_of(model, tmp_path)
     batch = STAGE1([Pairs()[i] for i in range(16)])
     model = trainer.model.train()
 
@@ -190,6 +194,7 @@ def test_rates_fall_off_towards_the_patches(tmp_path):
             assert rates(f"vision_tower.encoder.layers.{block}.") == [pytest.approx(expected)]
         assert rates("vision_tower.embeddings.") == [pytest.approx(1e-2 * factor * 0.5**4)]
         assert rates("qformer.") == rates("temperature") == [pytest.approx(1e-2 * factor)]
+        assert trainer._get_learning_rate() == pytest.approx(1e-2 * factor)  # what is logged
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
@@ -297,3 +302,15 @@ def test_half_precision_is_refused_where_it_trains_and_taken_where_it_is_frozen(
 def test_a_decay_that_is_none_is_refused(tmp_path, decay):
     with pytest.raises(ValueError, match="layer_decay must be above 0 and at most 1"):
         Blip2TrainingArguments(output_dir=str(tmp_path), layer_decay=decay)
+
+
+def test_label_smoothing_is_refused_where_nothing_would_smooth(tmp_path):
+    """Trainer's own would take labels for aligned with the scores, and replace the losses of stage 1."""
+    with pytest.raises(ValueError, match="label_smoothing_factor is not followed .* set it to 0"):
+        Blip2TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1)
+
+
+def test_several_gpus_of_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Blip2TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="on 2 GPUs: start one for each with torchrun or accelerate launch"):
+        trainer_of(stage1(), tmp_path)

@@ -31,12 +31,13 @@ from transformers import (
 )
 
 from hf_mm.hub.push import check_folder
+from hf_mm.models.blip2.modeling_blip2 import MMBlip2ForConditionalGeneration
 from hf_mm.models.clip.configuration_clip import MMClipConfig
 from hf_mm.models.clip.image_processing_clip import MMClipImageProcessorPil
 from hf_mm.models.clip.modeling_clip import MMClipModel
 from hf_mm.models.clip.processing_clip import MMClipProcessor
 from hf_mm.models.clip.tokenization_clip import MMClipTokenizer
-from hf_mm.trainers.blip2 import Blip2Trainer
+from hf_mm.trainers.blip2 import Blip2Trainer, Blip2TrainingArguments
 
 ROOT = Path(__file__).parents[2]
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -316,13 +317,15 @@ def train_until_killed(*arguments) -> None:
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
     tmp_path, recipe, clip, stage1, llama, stage2, stage, batches
 ):
-    """With the dropout of the Q-Former and the draw of hard negatives; of captioning with live pictures and the tower."""
+    """With the dropout of the Q-Former and the draw of hard negatives; of captioning with live pictures and the tower, whose
+    blocks learn at rates of their own."""
     before = ["--stage", stage, "--model_name_or_path", stage2 if stage == "captioning" else stage1]
     arguments = {
         "stage1": new_stage1(clip),
         "words": [*before, "--language_model", llama],
         "stage2": [*before, "--language_model", llama],
-        "captioning": [*before, "--cache_features", "false", "--freeze_vision", "false", "--brightness", 0.3],
+        "captioning": [*before, "--cache_features", "false", "--freeze_vision", "false", "--brightness", 0.3]
+        + ["--layer_decay", 0.5],
     }[stage]
     straight = train(recipe, tmp_path / "straight", *arguments)
     killed = FORK.Process(target=train_until_killed, args=(recipe, tmp_path / "run", *arguments))
@@ -466,6 +469,35 @@ def test_answers_are_learnt_with_questions_in_the_qformer(tmp_path, recipe, stag
     torch.testing.assert_close(after[moved], before[moved], atol=2e-3, rtol=0)
 
 
+def test_questions_enter_a_model_that_keeps_its_own_settings(tmp_path, stage1, stage2):
+    """Of stage 1 come the words alone; at another size too the model is opened again."""
+    model, processor = train_blip2.open_blip2(MMBlip2ForConditionalGeneration, stage2)
+    model.config.image_token_id = processor.image_token_id = 60
+    model.config.vision_norm_eps, model.config.vision_class_token = 1e-3, False
+    model.config.qformer_config.update({"vocab_size": 99, "dropout": 0.3})
+    model.generation_config.max_new_tokens = 3
+    model.save_pretrained(tmp_path / "before")
+    processor.save_pretrained(tmp_path / "before")
+    args = train_blip2.ModelArguments(
+        "vqa", str(tmp_path / "before"), question_text=str(stage1), image_size=32, freeze_vision=False
+    )
+    built, processor = train_blip2.build(args, None)
+    built.save_pretrained(tmp_path / "after")
+    again = MMBlip2ForConditionalGeneration.from_pretrained(tmp_path / "after")
+    assert_equal(dict(built.state_dict()), dict(again.state_dict()))
+    config, words = again.config, AutoModelForPreTraining.from_pretrained(stage1).config.qformer_config
+    assert config.image_token_id == processor.image_token_id == 60
+    assert (config.vision_norm_eps, config.vision_class_token) == (again.vision_norm.eps, False) == (1e-3, False)
+    assert config.vision_config.image_size == 32 and config.base_models == model.config.base_models
+    assert config.qformer_config.use_text and config.qformer_config.vocab_size == words.vocab_size
+    assert config.qformer_config.dropout == 0.3 and again.generation_config.max_new_tokens == 3
+    asked = processor(text="what colour?", num_images=1, mode="vqa")
+    features = torch.randn(1, 16, 16)
+    torch.testing.assert_close(
+        again(**asked, vision_features=features).logits, built(**asked, vision_features=features).logits
+    )
+
+
 def test_an_encoder_decoder_learns_to_go_on_from_a_prefix(tmp_path, recipe, stage1, t5, batches):
     arguments = ["--stage", "stage2", "--model_name_or_path", stage1, "--language_model", t5, "--max_steps", 2]
     train(recipe, tmp_path / "t5", *arguments)
@@ -489,19 +521,107 @@ def test_a_run_at_another_size_resizes_the_tower_once(tmp_path, recipe, stage1, 
     assert model.vision_features(pixels).shape == (1, 17, 16)
 
 
-@pytest.mark.parametrize("cached", ["true", "false"])
-def test_a_caption_without_a_word_is_left_out_and_told(tmp_path, recipe, stage1, llama, pictures, cached):
-    lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()[:12]]
+def written(folder: Path, pictures: Path, changes: dict[int, dict], name: str = "train") -> Path:
+    """A folder with a table of twelve of the pictures, some rows of which are changed."""
+    lines = (pictures / "metadata.jsonl").read_text().splitlines()[:12]
+    rows = [json.loads(line) for line in lines]
     rows = [
-        {**row, "file_name": str(pictures / row["file_name"]), "image_id": f"row of {row['file_name']}"}
-        for row in lines
+        {**row, "file_name": str(pictures / row["file_name"]), "image_id": f"{name} {number}"}
+        for number, row in enumerate(rows)
     ]
-    rows[5]["caption"] = "... !"
-    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    arguments = ["--stage", "stage2", "--model_name_or_path", stage1, "--language_model", llama, "--max_steps", 4]
-    arguments += ["--source", tmp_path / "mine.jsonl", "--validation_fraction", 0, "--cache_features", cached]
+    for number, change in changes.items():
+        rows[number] |= change
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+STREAM = ["--streaming", "true", "--cache_features", "false"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "how"),
+    [
+        ("stage2", ["--cache_features", "true"]),
+        ("stage2", ["--cache_features", "false"]),
+        ("stage2", STREAM),
+        ("words", STREAM),
+    ],
+    ids=["cached", "live", "stream", "stream of the word warm-up"],
+)
+def test_a_caption_without_a_word_is_left_out_and_told(tmp_path, recipe, stage1, llama, pictures, stage, how):
+    source = written(tmp_path / "mine", pictures, {5: {"caption": "... !"}, 7: {"caption": None}})
+    arguments = ["--stage", stage, "--model_name_or_path", stage1, "--language_model", llama, "--max_steps", 4]
+    arguments += ["--source", source, "--validation_fraction", 0, "--logging_steps", 4, "--save_steps", 4, *how]
     data = results_of(train(recipe, tmp_path / "run", *arguments))["data"]
-    assert data["skipped"] == {"row of 5.png": "a caption of it has no word"} and data["pictures"] == 11
+    assert data["skipped"] == {"train 5": "a caption of it has no word", "train 7": "it has no caption"}
+    assert data["pictures"] == (0 if how is STREAM else 10)
+
+
+def test_a_held_out_caption_without_a_word_does_not_cost_the_run(tmp_path, recipe, stage1, llama, pictures):
+    source = written(tmp_path / "mine", pictures, {})
+    written(source, pictures, {5: {"caption": "... !"}}, "validation")
+    arguments = ["--stage", "stage2", "--model_name_or_path", stage1, "--language_model", llama, "--max_steps", 1]
+    arguments += ["--source", source, "--validation_split", "validation"]
+    results = results_of(train(recipe, tmp_path / "run", *arguments))
+    assert results["data"]["skipped"] == {"validation 5": "a caption of it has no word"}
+    assert len(results["metrics"]["captions"]["held_out"]["examples"]) == 11
+    with pytest.raises(ValueError, match="^validation 5: a caption of it has no word$"):
+        train(recipe, tmp_path / "strict", *arguments, "--strict", "true")
+
+
+@pytest.mark.parametrize("how", [[], STREAM], ids=["cached", "stream"])
+def test_a_row_without_a_question_or_an_answer_is_left_out_and_told(tmp_path, recipe, stage2, pictures, batches, how):
+    """Not trained on as the text "None"."""
+    changes = {
+        2: {"question": "... !"},
+        3: {"question": None},
+        4: {"question": " "},
+        6: {"answers": [None, " "]},
+        7: {"answers": None},
+    }
+    reasons = {
+        **dict.fromkeys((2, 3, 4), "its question has no word"),
+        **dict.fromkeys((6, 7), "it has no caption"),
+    }
+    source = written(tmp_path / "mine", pictures, changes)
+    written(source, pictures, changes, "validation")
+    arguments = ["--stage", "vqa", "--model_name_or_path", stage2, "--caption_column", "answers"]
+    arguments += ["--source", source, "--validation_split", "validation", "--max_steps", 3, *how]
+    results = results_of(train(recipe, tmp_path / "run", *arguments))
+    names = ("train", "validation")
+    assert results["data"]["skipped"] == {f"{name} {row}": why for name in names for row, why in reasons.items()}
+    examples = results["metrics"]["answers"]["held_out"]["examples"]
+    assert len(examples) == 7 and all(example["question"].startswith("What colour") for example in examples)
+    tokenizer = AutoProcessor.from_pretrained(stage2).tokenizer
+    colour = tokenizer.convert_tokens_to_ids("colour")
+    assert len(batches) == 3 and all((batch["input_ids"] == colour).any(dim=1).all() for batch in batches)
+
+
+def test_a_missing_caption_does_not_cost_other_runs_the_picture(tmp_path, recipe, stage1, pictures):
+    """Whose features they share."""
+    arguments = ["--stage", "retrieval", "--model_name_or_path", stage1, "--validation_fraction", 0, "--max_steps", 1]
+    arguments += ["--features_dir", tmp_path / "features"]
+    for name, changes in (("some", {7: {"caption": None}}), ("all", {})):
+        source = written(tmp_path / name, pictures, changes)
+        data = results_of(train(recipe, tmp_path / f"run {name}", *arguments, "--source", source))["data"]
+        assert data["skipped"] == ({"train 7": "it has no caption"} if changes else {})
+        assert data["pictures"] == 12 - len(changes)
+
+
+def test_captions_none_of_which_has_a_word_are_refused(tmp_path, recipe, stage1, llama, pictures):
+    source = written(tmp_path / "mine", pictures, {row: {"caption": "..."} for row in range(12)})
+    arguments = ["--stage", "words", "--model_name_or_path", stage1, "--language_model", llama, "--source", source]
+    with pytest.raises(ValueError, match="None of the 12 rows can be trained on; the first: train 0: a caption of it"):
+        train(recipe, tmp_path / "run", *arguments, "--validation_fraction", 0)
+
+
+def test_a_question_is_missing_where_a_table_has_nothing():
+    fault = train_blip2.text_fault
+    assert fault("question", ["red"], {"question": float("nan")}) == "its question has no word"
+    assert fault("question", ["..."], {"question": 7}) is None
+    with pytest.raises(ValueError, match="no column 'question', only image: set question_column"):
+        fault("question", ["red"], {"image": "a.png"})
 
 
 @pytest.mark.parametrize("name", sorted(file.name for file in (ROOT / "training/recipes").glob("blip2_*.yaml")))
@@ -513,6 +633,8 @@ def test_recipes_say_what_can_be(name):
     assert args.output_dir == f"outputs/{name.removesuffix('.yaml')}"
     assert (model_args.vision_tower is None) == (model_args.stage != "stage1")
     assert (data_args.source == "emoji") == ("emoji" in name or "smoke" in name)
+    sizes = {"captioning": 364, "retrieval": 364, "vqa": 490}  # Li et al. 2023, tables 8 to 10
+    assert model_args.image_size == sizes.get(model_args.stage)
 
 
 @pytest.mark.parametrize(
@@ -531,6 +653,7 @@ def test_recipes_say_what_can_be(name):
         ),
         (["--vision_tower", "clip", "--layer_decay", 0], "layer_decay must be above 0"),
         (["--vision_tower", "clip", "--frozen_dtype", "int8"], "frozen_dtype must be float32"),
+        (["--vision_tower", "clip", "--label_smoothing_factor", 0.1], "label_smoothing_factor is not followed"),
     ],
     ids=lambda value: value[-2] if isinstance(value, list) else "",
 )
@@ -538,6 +661,12 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(tmp_path, recipe,
     with pytest.raises(ValueError, match=sentence) as refused:
         train(recipe, tmp_path / "run", *arguments)
     assert "\n" not in str(refused.value)
+
+
+def test_several_gpus_of_one_process_are_refused_before_anything_is_computed(tmp_path, recipe, monkeypatch):
+    monkeypatch.setattr(Blip2TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="on 2 GPUs: start one for each with torchrun or accelerate launch"):
+        train(recipe, tmp_path / "run", *new_stage1("clip"))
 
 
 def test_a_stage1_needs_a_language_model_and_a_stage2_has_one(tmp_path, recipe, stage1, stage2, llama):
