@@ -78,11 +78,12 @@ from hf_mm.evaluation.embeddings import inference
 from hf_mm.evaluation.image_text_matching import evaluate_image_text_matching
 from hf_mm.evaluation.picture_gap import CaptionNLL, evaluate_picture_gap, other_rows
 from hf_mm.evaluation.vqa import evaluate_vqa
+from hf_mm.models.blip2.configuration_blip2 import MMBlip2Config
 from hf_mm.models.blip2.initialization_blip2 import DEC, init_from_bert, learn_wordpiece, resize_tower
 from hf_mm.models.blip2.modeling_blip2 import MMBlip2ForConditionalGeneration
 from hf_mm.models.blip2.modeling_blip2_base import MMBlip2PreTrainedModel
 from hf_mm.models.blip2.modeling_blip2_stage1 import MMBlip2ForPreTraining
-from hf_mm.models.blip2.processing_blip2 import MMBlip2Processor
+from hf_mm.models.blip2.processing_blip2 import IMAGE_TOKEN, MMBlip2Processor
 from hf_mm.models.blip2.text_blip2 import clean_caption, clean_question
 from hf_mm.trainers.blip2 import Blip2Trainer, Blip2TrainingArguments, WordWarmup, refuse_data_parallel
 from hf_mm.trainers.callbacks import LiveProgress
@@ -100,6 +101,10 @@ STAGES = (*QFORMER_STAGES, "words", "stage2", "captioning", "vqa")
 QFORMER_TEXT = (  # fields of its config that its text brings
     *("use_text", "vocab_size", "max_position_embeddings"),
     *("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id"),
+)
+QFORMER_SHAPE = (  # and those that must agree
+    *("num_query_tokens", "hidden_size", "num_hidden_layers", "intermediate_size", "cross_attention_frequency"),
+    "encoder_hidden_size",
 )
 SPLITS = ("cell", "concept", "style")  # of the bundled pictures: known emoji in a new drawing, new emoji, a new artist
 SMOLLM2 = "smollm2"
@@ -150,7 +155,9 @@ class ModelArguments:
     )
     end: str | None = field(
         default=None,
-        metadata={"help": "What ends a caption, one token of the language model. By default its end token."},
+        metadata={
+            "help": "What ends a caption, one token of the language model. By default, or where it is empty, its end token."
+        },
     )
     bos_first: bool = field(
         default=False,
@@ -325,7 +332,10 @@ def question_of(column: str, sample: ImageText) -> str:
 
 
 def text_fault(question_column: str | None, captions: list[str], row: dict[str, Any]) -> str | None:
-    """What of a row is empty once it is cleaned, a caption or (of vqa, whose answers stay as they are) the question."""
+    """Why the texts of a row cannot be learnt: what is said holds a picture, or a caption or (of vqa, whose answers stay as
+    they are) the question is empty once it is cleaned."""
+    if any(IMAGE_TOKEN in text for text in captions):
+        return f"a text of it holds {IMAGE_TOKEN}, which stands for a picture"
     if question_column is not None:
         has_word = clean_question(question_in(question_column, row)).strip()
         return None if has_word else "its question has no word"
@@ -341,6 +351,8 @@ def build(args: ModelArguments, data: Captions) -> tuple[MMBlip2PreTrainedModel,
         model.language_model.to(getattr(torch, args.frozen_dtype))
         if processor.eos is not None:
             model.generation_config.eos_token_id = processor.eos_token_id
+        if processor.tokenizer.pad_token_id is not None:  # or what fills short rows up could be read as words
+            model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     if args.image_size:
         resize_tower(model.vision_tower, args.image_size)
         processor.image_processor = at_size(processor.image_processor, args.image_size)
@@ -384,7 +396,12 @@ def qformer_tokenizer(args: ModelArguments, data: Captions) -> PreTrainedTokeniz
 def build_stage2(args: ModelArguments) -> tuple[MMBlip2ForConditionalGeneration, MMBlip2Processor]:
     """A Q-Former before a language model."""
     name = args.model_name_or_path
-    if AutoConfig.from_pretrained(name).text_config is None:
+    config = AutoConfig.from_pretrained(name)
+    if not isinstance(config, MMBlip2Config):
+        raise ValueError(
+            f"{name} is a {config.model_type}: {args.stage} goes on from a stage of BLIP-2, such as stage1."
+        )
+    if config.text_config is None:
         return put_before_language_model(args)
     if args.language_model:
         raise ValueError(f"{name} has a language model: leave language_model out, or start from a stage 1.")
@@ -392,7 +409,7 @@ def build_stage2(args: ModelArguments) -> tuple[MMBlip2ForConditionalGeneration,
     if args.question_text:
         model, processor.qformer_tokenizer = read_questions(model, args.question_text)
     processor.prompt = processor.prompt if args.prompt is None else args.prompt
-    processor.eos = processor.eos if args.end is None else args.end
+    processor.eos = processor.eos if args.end is None else args.end or None
     return model, processor
 
 
@@ -413,7 +430,7 @@ def put_before_language_model(args: ModelArguments) -> tuple[MMBlip2ForCondition
         image_token_id=model.config.image_token_id,
         is_encoder_decoder=model.config.is_encoder_decoder,
         bos_first=args.bos_first,
-        eos=args.end,
+        eos=args.end or None,
         prompt=args.prompt or "",
     )
     return model, processor
@@ -440,8 +457,12 @@ def read_questions(
 ) -> tuple[MMBlip2ForConditionalGeneration, PreTrainedTokenizerBase]:
     """The model with the Q-Former's text, which stage 2 dropped, as stage 1 had it; and its tokenizer."""
     before, processor = open_blip2(MMBlip2ForPreTraining, stage1)
-    for name in QFORMER_TEXT:
-        setattr(model.config.qformer_config, name, getattr(before.config.qformer_config, name))
+    own, read = model.config.qformer_config, before.config.qformer_config
+    for name, value in read.to_dict().items():
+        if name in QFORMER_TEXT:
+            setattr(own, name, value)
+        elif name in QFORMER_SHAPE and value != getattr(own, name):
+            raise ValueError(f"the Q-Former of {stage1} has {name} = {value}, that of the model {getattr(own, name)}.")
     whole = MMBlip2ForConditionalGeneration(model.config, model.vision_tower, model.language_model)
     whole.generation_config = model.generation_config
     whole.vision_norm, whole.language_projection = model.vision_norm, model.language_projection
@@ -470,7 +491,8 @@ def collator_of(
     if args.stage in QFORMER_STAGES:
         return QFormerCollator(processor, augmentation)
     if args.stage == "words":
-        return WordCollator(processor, filter(clean_caption, data.corpus()), augmentation, args.blind)
+        corpus = (text for text in data.corpus() if text_fault(None, [text], {}) is None)
+        return WordCollator(processor, corpus, augmentation, args.blind)
     # An encoder-decoder learns to go on from the beginning of a caption (section 3.3).
     splits = args.stage == "stage2" and processor.is_encoder_decoder
     mode = "vqa" if args.stage == "vqa" else "prefix_lm" if splits else "caption"

@@ -309,6 +309,8 @@ def generate_from_embeds(
     _check_side(lm, attention_mask, generates=True)
     changed = {}
     given = generate_kwargs.pop("generation_config", None)
+    if _generation_field("guidance_scale", generate_kwargs, given, lm) not in (None, 1.0):
+        raise ValueError("guidance_scale needs a second text without pictures, which is not supported: leave it out.")
     new = 0 if lm.config.is_encoder_decoder else _generation_field("max_new_tokens", generate_kwargs, given, lm) or 1
     _check_places(lm, inputs_embeds if attention_mask is None else attention_mask, max(new - 1, 0))
     names = ("pad_token_id", "eos_token_id", "repetition_penalty")

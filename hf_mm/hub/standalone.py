@@ -121,6 +121,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
     Raises:
         ValueError: there is no ``config.json``, it is damaged, or its type is none of the table.
     """
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter and not its model: push it with PEFT's own push_to_hub, or save the model whole with "
+            "merge_and_unload().save_pretrained."
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: give the folder that a model was saved to.")
     try:

@@ -182,6 +182,7 @@ class WordWarmup(MMBlip2ForConditionalGeneration):
         warmup = cls(model.config, model.vision_tower, model.language_model)
         warmup.vision_norm, warmup.qformer = model.vision_norm, model.qformer
         warmup.language_projection = model.language_projection
+        warmup.generation_config = model.generation_config
         with torch.no_grad():
             warmup.words = embed_tokens(model.language_model, word_ids[None])[0].float()
         return warmup
@@ -191,6 +192,7 @@ class WordWarmup(MMBlip2ForConditionalGeneration):
         model = MMBlip2ForConditionalGeneration(self.config, self.vision_tower, self.language_model)
         model.vision_norm, model.qformer = self.vision_norm, self.qformer
         model.language_projection = self.language_projection
+        model.generation_config = self.generation_config
         return model
 
     @torch.no_grad()

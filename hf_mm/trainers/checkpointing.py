@@ -42,7 +42,9 @@ class AtomicCheckpoints:
             if self.args.should_save:
                 (aside / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, of no use to who opens the model
                 _flush(aside)
-                for file in aside.iterdir():
+                for file in list(aside.iterdir()):
+                    if (output_dir / file.name).is_dir():
+                        os.replace(output_dir / file.name, aside / f"earlier-{file.name}")
                     os.replace(file, output_dir / file.name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

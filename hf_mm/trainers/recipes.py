@@ -23,7 +23,7 @@ RECIPE_FILE = "recipe.json"
 RESULT_FILE = "results.json"
 LEFT_BY_A_RUN = (
     *(RESULT_FILE, "model.safetensors", "config.json", "README.md"),
-    *("log_history.json", "studies.json", "report.html"),
+    *("log_history.json", "studies.json", "report.html", "qformer_tokenizer"),
 )
 
 # Settings of TrainingArguments that the trained weights depend on.
@@ -114,7 +114,8 @@ def refuse_other_sampling(args: TrainingArguments, *known: str) -> None:
 
 
 def claim_output_dir(output_dir: str | Path, settings: dict, overwrite: bool = False) -> None:
-    """Makes the folder of a run and writes its settings there; a folder that holds another run is refused.
+    """Makes the folder of a run and writes its settings there; a folder that holds another run is refused, unless that
+    ended before it left anything.
 
     Args:
         output_dir: where the run writes.
@@ -125,13 +126,12 @@ def claim_output_dir(output_dir: str | Path, settings: dict, overwrite: bool = F
         ValueError: the folder holds a run with other settings; the sentence names the first that differs.
     """
     path = Path(output_dir) / RECIPE_FILE
+    left = [path.parent / name for name in LEFT_BY_A_RUN if (path.parent / name).exists()]
+    left += path.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     if overwrite:
-        for file in (
-            *LEFT_BY_A_RUN,
-            *(checkpoint.name for checkpoint in path.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")),
-        ):
-            _remove(path.parent / file)
-    elif path.exists():
+        for file in left:
+            _remove(file)
+    elif left and path.exists():
         earlier = json.loads(path.read_text("utf-8"))
         for name in sorted(settings.keys() | earlier.keys()):
             if earlier.get(name) != settings.get(name):
@@ -144,13 +144,13 @@ def claim_output_dir(output_dir: str | Path, settings: dict, overwrite: bool = F
 
 
 def _remove(path: Path) -> None:
-    """Removes a file or a folder, if it is there; a folder is gone at once, never half."""
+    """Removes a file or a folder, which is gone at once, never half."""
     if path.is_dir():
         aside = path.with_name(f".{path.name}.removed")
         path.replace(aside)
         shutil.rmtree(aside)
     else:
-        path.unlink(missing_ok=True)
+        path.unlink()
 
 
 def describe_machine(args: TrainingArguments) -> dict[str, str | int]:

@@ -257,6 +257,7 @@ def test_the_warmup_is_the_loss_of_its_soft_tokens_and_shares_the_models_parts()
         "logit_scale"
     }
     again = warmup.warmed_up()
+    assert again.generation_config is warmup.generation_config is model.generation_config
     own = dict(model.named_parameters())
     assert all(parameter is own[name] for name, parameter in again.named_parameters())
     assert type(again) is MMBlip2ForConditionalGeneration

@@ -403,7 +403,8 @@ def test_cached_features_and_live_pictures_train_alike(tmp_path, recipe, stage1,
 def test_one_held_out_picture_does_not_cost_the_run(tmp_path, recipe, stage1, llama, capsys):
     """It has no other to be shown: the model is kept with its card, and why nothing was evaluated is said."""
     arguments = ["--stage", "stage2", "--model_name_or_path", stage1, "--language_model", llama, "--max_steps", 1]
-    trained = train(recipe, tmp_path / "run", *arguments, "--validation_fraction", 0.12)
+    trained = train(recipe, tmp_path / "run", *arguments, "--validation_fraction", 0.12, "--end", "")
+    assert AutoProcessor.from_pretrained(trained).eos is None
     assert "Nothing is evaluated: 1 of 1 rows are of one group" in capsys.readouterr().out
     assert results_of(trained)["metrics"] == {"picture_gap": {}, "captions": {}} and (trained / "README.md").exists()
 
@@ -467,6 +468,11 @@ def test_answers_are_learnt_with_questions_in_the_qformer(tmp_path, recipe, stag
     before, after = (tensors_of(folder) for folder in (stage1, answered))
     moved = "qformer.layers.0.text_mlp.fc1.weight"
     torch.testing.assert_close(after[moved], before[moved], atol=2e-3, rtol=0)
+    generation = json.loads((answered / "generation_config.json").read_text())
+    assert generation["pad_token_id"] == processor.tokenizer.pad_token_id and generation["eos_token_id"] == end
+    # Killed while it was evaluated, with the model and the folder of its second tokenizer in place, it goes on.
+    (answered / "results.json").unlink()
+    assert results_of(train(recipe, tmp_path / "vqa", *arguments))["metrics"]["answers"]["held_out"] == result
 
 
 def test_questions_enter_a_model_that_keeps_its_own_settings(tmp_path, stage1, stage2):
@@ -550,12 +556,17 @@ STREAM = ["--streaming", "true", "--cache_features", "false"]
     ids=["cached", "live", "stream", "stream of the word warm-up"],
 )
 def test_a_caption_without_a_word_is_left_out_and_told(tmp_path, recipe, stage1, llama, pictures, stage, how):
-    source = written(tmp_path / "mine", pictures, {5: {"caption": "... !"}, 7: {"caption": None}})
+    changes = {5: {"caption": "... !"}, 6: {"caption": "an <image> tag"}, 7: {"caption": None}}
+    source = written(tmp_path / "mine", pictures, changes)
     arguments = ["--stage", stage, "--model_name_or_path", stage1, "--language_model", llama, "--max_steps", 4]
     arguments += ["--source", source, "--validation_fraction", 0, "--logging_steps", 4, "--save_steps", 4, *how]
     data = results_of(train(recipe, tmp_path / "run", *arguments))["data"]
-    assert data["skipped"] == {"train 5": "a caption of it has no word", "train 7": "it has no caption"}
-    assert data["pictures"] == (0 if how is STREAM else 10)
+    assert data["skipped"] == {
+        "train 5": "a caption of it has no word",
+        "train 6": "a text of it holds <image>, which stands for a picture",
+        "train 7": "it has no caption",
+    }
+    assert data["pictures"] == (0 if how is STREAM else 9)
 
 
 def test_a_held_out_caption_without_a_word_does_not_cost_the_run(tmp_path, recipe, stage1, llama, pictures):
@@ -669,7 +680,9 @@ def test_several_gpus_of_one_process_are_refused_before_anything_is_computed(tmp
         train(recipe, tmp_path / "run", *new_stage1("clip"))
 
 
-def test_a_stage1_needs_a_language_model_and_a_stage2_has_one(tmp_path, recipe, stage1, stage2, llama):
+def test_a_stage1_needs_a_language_model_and_a_stage2_has_one(tmp_path, recipe, clip, stage1, stage2, llama):
+    with pytest.raises(ValueError, match="is a mm_clip: stage2 goes on from a stage of BLIP-2, such as stage1"):
+        train(recipe, tmp_path / "none", "--stage", "stage2", "--model_name_or_path", clip)
     with pytest.raises(ValueError, match="is a stage 1, which has no language model: set language_model"):
         train(recipe, tmp_path / "one", "--stage", "stage2", "--model_name_or_path", stage1)
     arguments = ["--stage", "stage2", "--model_name_or_path", stage2, "--language_model", llama]

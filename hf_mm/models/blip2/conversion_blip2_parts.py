@@ -75,6 +75,8 @@ def find_tower(checkpoint: Checkpoint, vision: str | Path | None, revision: str 
         if vision is not None:
             raise ValueError("The file holds the picture tower, which was trained too: leave --vision out.")
         return replace(read_tower(checkpoint.select(TOWER)), checkpoint=None)
+    if not any(name.startswith("Qformer.") for name in checkpoint.tensors):
+        raise ConversionError("The file holds no Q-Former, so that it is none of BLIP-2 (wrong file?).")
     if vision is None:
         raise ValueError(
             "LAVIS's file does not hold the picture tower, which was frozen: name it with --vision, eva_vit_g.pth for "

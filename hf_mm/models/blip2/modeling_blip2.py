@@ -56,7 +56,9 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
     ):
         super().__init__(config, vision_tower)
         if config.text_config is None and language_model is None:
-            raise ValueError("stage 2 needs a language model: set text_config.")
+            raise ValueError(
+                "stage 2 needs a language model: set text_config, or put a stage 1 before one with from_stage1."
+            )
         self.language_model = self._part_or_new("language_model", language_model)
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, embedding_width(self.language_model))
         self.post_init()
@@ -333,6 +335,8 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
             ValueError: see `forward`.
         """
         self.hold_frozen_parts()
+        if kwargs.pop("inputs_embeds", None) is not None:
+            raise ValueError("texts are given as input_ids, with slots for the pictures, and not as inputs_embeds.")
         if input_ids is None:
             input_ids = self._pictures_alone(pixel_values, vision_features)
         self._check_shapes(input_ids, attention_mask)
@@ -432,14 +436,25 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
                 raise ValueError(
                     f"{name} must have the shape of input_ids, {tuple(input_ids.shape)}, not {tuple(given.shape)}."
                 )
-        if labels is not None:
-            check_labels(self.language_model, labels, input_ids.shape[0])
+        if labels is None:
+            return
+        check_labels(self.language_model, labels, input_ids.shape[0])
+        if self.config.is_encoder_decoder and not torch.compiler.is_compiling():
+            told = labels != IGNORED
+            if (told.any(dim=1) & ~told[:, 0]).any():
+                raise ValueError(
+                    "labels of an encoder-decoder begin with the first thing said, as a processor with "
+                    "is_encoder_decoder=True makes them; these stand behind a text."
+                )
 
     def _check_names(self, given: dict) -> None:
-        """Refuses what nobody would read, such as pictures by another name."""
-        if torch.compiler.is_compiling():
-            return
+        """Refuses what nobody would read, such as pictures by another name, and drops the `inputs_embeds` of None that PEFT
+        adds."""
+        if given.pop("inputs_embeds", None) is not None:
+            raise ValueError("texts are given as input_ids, with slots for the pictures, and not as inputs_embeds.")
         for name in given:
+            if torch.compiler.is_compiling():
+                return
             if name not in TransformersKwargs.__annotations__ and not takes(self.language_model, name):
                 raise TypeError(
                     f"there is no argument {name!r}: pictures are given as pixel_values or vision_features, all else as "

@@ -82,7 +82,9 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
         super().__init__(config, vision_tower)
         width = config.qformer_config.hidden_size
         if not config.qformer_config.use_text:
-            raise ValueError("pictures are compared with texts, which this Q-Former cannot read: set use_text.")
+            raise ValueError(
+                "pictures are compared with texts, which this Q-Former cannot read, as in a stage 2: open a stage 1, or set use_text."
+            )
         self.vision_projection = nn.Linear(width, config.joint_dim)
         self.text_projection = nn.Linear(width, config.joint_dim)
         self.itm_head = nn.Linear(width, 2)

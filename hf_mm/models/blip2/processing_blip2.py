@@ -25,6 +25,7 @@ STAGE_1_MODES = ("contrastive", "matching", "generation")
 STAGE_2_MODES = ("generation", "caption", "vqa", "prefix_lm")
 MATCHING_LENGTH = 35  # of the published retrieval evaluation
 QFORMER_FOLDER = "qformer_tokenizer"
+IMAGE_TOKEN = "<image>"
 IGNORED = -100
 PICTURE_KEYS = ("image", "url", "path", "base64")  # of an item of a message
 
@@ -70,7 +71,7 @@ class MMBlip2Processor(ProcessorMixin):
         tokenizer=None,
         qformer_tokenizer=None,
         num_query_tokens: int | None = None,
-        image_token: str = "<image>",
+        image_token: str = IMAGE_TOKEN,
         image_token_id: int = -200,
         is_encoder_decoder: bool = False,
         bos_first: bool = False,
@@ -141,9 +142,11 @@ class MMBlip2Processor(ProcessorMixin):
         if isinstance(self.eos, int):
             return self.eos
         if self.eos is None:
-            if self.tokenizer.eos_token_id is None:
+            # The Q-Former's texts are BERT's.
+            end = self.tokenizer.eos_token_id if self.num_query_tokens is not None else self.tokenizer.sep_token_id
+            if end is None:
                 raise ValueError("The tokenizer has no end token: say what ends a text by eos, a token or its id.")
-            return self.tokenizer.eos_token_id
+            return end
         number = self.tokenizer.convert_tokens_to_ids(self.eos)
         if number is not None and number != self.tokenizer.unk_token_id:
             return number
@@ -182,7 +185,7 @@ class MMBlip2Processor(ProcessorMixin):
                 - ``"vqa"``: the text is a question, the suffix, in training, its answer;
                 - ``"prefix_lm"``: the text is a caption, of which the model is given a prefix and learns the rest.
             num_images: instead of images, how many pictures each text holds whose features the model will be given.
-            rng: where ``"prefix_lm"`` splits: a generator, or for each text what `numpy.random.default_rng` takes, such
+            rng: where ``"prefix_lm"`` splits: a generator or its seed, or for each text what `numpy.random.default_rng` takes, such
                 as (seed, epoch, index).
             **kwargs: options of the image processor and the tokenizer (`padding`, `padding_side`, `pad_to_multiple_of`,
                 `truncation`, `max_length`, `add_special_tokens`). In stage 2 `max_length` bounds the whole row,
@@ -327,6 +330,8 @@ class MMBlip2Processor(ProcessorMixin):
         return {f"qformer_{name}": rows for name, rows in encoded.items()}
 
     def _split_captions(self, texts: list[str], rng: np.random.Generator | Sequence) -> tuple[list[str], list[str]]:
+        if isinstance(rng, int | np.integer):
+            rng = np.random.default_rng(rng)
         rngs = [rng] * len(texts) if isinstance(rng, np.random.Generator) else list(rng)
         if len(rngs) != len(texts):
             raise ValueError(f"rng has {len(rngs)} seeds for {len(texts)} texts: give one each, or a numpy Generator.")
@@ -460,8 +465,11 @@ class MMBlip2Processor(ProcessorMixin):
         ``{"type": "image"}``, the items of each message become one text, in which it stands.
 
         Raises:
-            ValueError: there is no template; an item is neither text nor picture.
+            ValueError: there is no template; an item is neither text nor picture; a mask of the assistant's tokens is
+                wanted, which pictures would shift.
         """
+        if kwargs.get("return_assistant_tokens_mask"):
+            raise ValueError("return_assistant_tokens_mask is not for texts with pictures: leave it out.")
         if chat_template is None and self.chat_template is None:
             template = self.tokenizer.get_chat_template(tools=tools)
         else:
@@ -489,7 +497,9 @@ class MMBlip2Processor(ProcessorMixin):
         return self.image_token in rendered[0]
 
     def _pictures(self, messages: list[dict]) -> list:
-        contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+        if lacking := [message for message in messages if message.get("content") is None]:
+            raise ValueError(f"A message needs a content, a text or a list of items, but one is {lacking[0]}.")
+        contents = [message["content"] for message in messages if isinstance(message["content"], list)]
         items = [item for item in chain(*contents) if item.get("type") == "image"]
         return [_picture(item[key], key) for item in items for key in PICTURE_KEYS if key in item]
 
@@ -500,6 +510,8 @@ class MMBlip2Processor(ProcessorMixin):
         for item in message["content"]:
             if item.get("type") not in ("image", "text"):
                 raise ValueError(f"An item of a message must be a text or an image, not {item.get('type')!r}.")
+            if item["type"] == "text" and not isinstance(item.get("text"), str):
+                raise ValueError(f"An item of type text needs its text, but one is {item}.")
             parts.append(self.image_token if item["type"] == "image" else item["text"])
         return {**message, "content": "".join(parts)}
 
