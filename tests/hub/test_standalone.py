@@ -126,6 +126,12 @@ def test_a_folder_without_a_model_of_ours_is_refused(content, message, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"] * (content is not None)
 
 
+def test_a_folder_of_an_adapter_is_told_apart(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter and not its model: push it with PEFT"):
+        standalone_changes(tmp_path)
+
+
 def test_writing_adds_code_and_places_and_changes_nothing_else(tmp_path):
     folder = save(case("mm_clip"), tmp_path / "model")
     before = contents(folder)

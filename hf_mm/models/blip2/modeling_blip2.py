@@ -233,8 +233,8 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
         """
         self.hold_frozen_parts()
         self._check_shapes(input_ids, attention_mask, labels)
-        self._check_names(kwargs)
-        if kwargs.get("cache") is not None:
+        kwargs = self._checked(kwargs)
+        if "cache" in kwargs:
             raise ValueError("this model reads pictures and text at once and takes no cache: call generate.")
         if labels is not None and kwargs.get("logits_to_keep"):
             raise ValueError("a loss needs the logits wherever there is a label: leave logits_to_keep or labels out.")
@@ -447,19 +447,19 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
                     "is_encoder_decoder=True makes them; these stand behind a text."
                 )
 
-    def _check_names(self, given: dict) -> None:
-        """Refuses what nobody would read, such as pictures by another name, and drops the `inputs_embeds` of None that PEFT
-        adds."""
-        if given.pop("inputs_embeds", None) is not None:
+    def _checked(self, given: dict) -> dict:
+        """What of the arguments says something (PEFT adds some of None). Refuses what nobody would read, such as pictures by
+        another name."""
+        given = {name: value for name, value in given.items() if value is not None}
+        if "inputs_embeds" in given:
             raise ValueError("texts are given as input_ids, with slots for the pictures, and not as inputs_embeds.")
-        for name in given:
-            if torch.compiler.is_compiling():
-                return
+        for name in () if torch.compiler.is_compiling() else given:
             if name not in TransformersKwargs.__annotations__ and not takes(self.language_model, name):
                 raise TypeError(
                     f"there is no argument {name!r}: pictures are given as pixel_values or vision_features, all else as "
                     f"{self.language_model.config.model_type} names it."
                 )
+        return given
 
     def _check_slots(self, slots: torch.Tensor, num_images: int) -> None:
         number = self.config.num_query_tokens

@@ -60,6 +60,12 @@ def test_a_key_too_many_is_named(tmp_path, eva_file, bert_folder):
         read_blip2(path, vision=eva_file, tokenizer=bert_folder)
 
 
+def test_a_file_of_something_else_is_told_apart(tmp_path):
+    path = lavis_file(tmp_path / "odd.pth", {"conv.weight": torch.ones(2)})
+    with pytest.raises(ConversionError, match="The file holds no Q-Former, so that it is none of BLIP-2"):
+        read_blip2(path)
+
+
 @pytest.mark.parametrize("name", ["Qformer.cls.predictions.decoder.weight", "Qformer.cls.predictions.decoder.bias"])
 def test_a_head_that_is_not_tied_is_refused(tmp_path, eva_file, bert_folder, name):
     state = lavis_state()

@@ -403,6 +403,21 @@ def test_an_adapter_is_saved_opened_and_merged(name, tmp_path):
         assert torch.equal(merged.generate(**prompt), generated)
 
 
+@pytest.mark.parametrize(
+    ("name", "task"), [("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM"), ("opt", "FEATURE_EXTRACTION")]
+)
+def test_an_adapter_may_name_its_task(name, task):
+    """PEFT then hands on arguments of None that the model does not know."""
+    target = r".*language_model.*\.(q_proj|q)"
+    bare, named = (
+        get_peft_model(stage2(language_model=name), LoraConfig(r=2, target_modules=target, task_type=one))
+        for one in (None, task)
+    )
+    batch = training_batch(bare)
+    for mode in (True, False):
+        assert named.train(mode)(**batch).loss.equal(bare.train(mode)(**batch).loss)
+
+
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     """PEFT alone would leave out what has no place."""
     get_peft_model(stage2(), LoraConfig(**LORA, modules_to_save=OWN)).save_pretrained(tmp_path)

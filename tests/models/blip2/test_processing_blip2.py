@@ -55,6 +55,15 @@ def test_stage_1_beginnings_of_captions(stage_1, bert):
     assert batch["attention_mask"].tolist() == [[1] * (len(words) + 1), [0] * (len(words) - 1) + [1, 1]]
 
 
+def test_stage_1_captions_are_read_up_to_their_end(stage_1, bert):
+    """BERT's separator, for its tokenizers have no other."""
+    batch = stage_1(text=["a photo"], mode="generation")
+    said = bert("of a cat", add_special_tokens=False).input_ids
+    whole = torch.cat([batch.input_ids, torch.tensor([[*said, bert.sep_token_id, *said]])], dim=1)
+    assert bert.eos_token_id is None and stage_1.eos_token_id == bert.sep_token_id
+    assert stage_1.batch_decode(whole, input_ids=batch.input_ids) == ["of a cat"]
+
+
 def test_stage_1_wrong_calls(stage_1, image_processor, bert):
     with pytest.raises(ValueError, match="nothing to process"):
         stage_1()

@@ -174,3 +174,22 @@ def test_chats_by_pipeline(image_processor, chat):
     assert pipe.model.given["input_ids"].tolist() == [expected]
     (answer,) = pipe(text=[*messages, {"role": "assistant", "content": [{"type": "text", "text": "it is "}]}])
     assert answer["generated_text"][-1]["content"] == [{"type": "text", "text": "it is a cat"}]
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        ({"role": "user"}, "A message needs a content, .* but one is {'role': 'user'}"),
+        ({"role": "user", "content": [{"type": "text"}]}, "An item of type text needs its text, but one is"),
+    ],
+)
+def test_messages_that_say_nothing_are_refused(image_processor, chat, message, sentence):
+    processor = MMBlip2Processor(image_processor, chat, num_query_tokens=QUERIES)
+    with pytest.raises(ValueError, match=sentence):
+        processor.apply_chat_template([message], tokenize=True)
+
+
+def test_a_mask_of_the_assistants_tokens_is_refused(image_processor, chat):
+    processor = MMBlip2Processor(image_processor, chat, num_query_tokens=QUERIES)
+    with pytest.raises(ValueError, match="return_assistant_tokens_mask is not for texts with pictures"):
+        processor.apply_chat_template([], tokenize=True, return_assistant_tokens_mask=True)

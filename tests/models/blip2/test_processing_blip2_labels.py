@@ -204,3 +204,9 @@ def test_prefixes(request, kind):
     assert seen == {1, 2, 3, 4}
     generators = [np.random.default_rng(3), np.random.default_rng(3)]
     same(*(processor(images=[A, B, C], text=captions, mode="prefix_lm", rng=rng) for rng in generators))
+    same(
+        *(
+            processor(images=[A, B, C], text=captions, mode="prefix_lm", rng=rng)
+            for rng in (np.random.default_rng(3), 3)
+        )
+    )

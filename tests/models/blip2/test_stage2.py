@@ -431,6 +431,28 @@ def test_pictures_by_another_name_are_not_passed_over(name):
             model.generate(**words, **wrong)
 
 
+def test_texts_are_ids_alone():
+    model, embeds = stage2(), torch.randn(1, 3, 24)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="texts are given as input_ids"):
+            call(**batch_of([[5, 6, 7]]), inputs_embeds=embeds)
+
+
+def test_encoder_decoders_refuse_the_labels_of_others():
+    """Which stand behind the text, and would let the encoder read them."""
+    model, batch = stage2(language_model="t5"), batch_of([[*slots(), 5, 6, 7]])
+    labels = torch.tensor([[-100] * 4 + [6, 7]])
+    with pytest.raises(ValueError, match="as a processor with is_encoder_decoder=True makes them"):
+        model(**batch, pixel_values=pictures(1), labels=labels)
+    none = torch.full((1, 6), -100)  # of a row from which nothing is learnt
+    assert model.train()(**batch, pixel_values=pictures(1), labels=none).loss == 0
+
+
+def test_guidance_is_refused():
+    with pytest.raises(ValueError, match="guidance_scale needs a second text"):
+        stage2().generate(**batch_of([[*slots(), 5]]), pixel_values=pictures(1), guidance_scale=1.5)
+
+
 def test_encoder_decoders_refuse_labels_of_other_rows():
     model = stage2(language_model="t5")
     with pytest.raises(ValueError, match=r"labels must be \(texts, tokens\) for 1 texts, but their shape is \(2, 3\)"):
