@@ -87,14 +87,7 @@ from hf_mm.models.blip2.processing_blip2 import IMAGE_TOKEN, MMBlip2Processor
 from hf_mm.models.blip2.text_blip2 import clean_caption, clean_question
 from hf_mm.trainers.blip2 import Blip2Trainer, Blip2TrainingArguments, WordWarmup, refuse_data_parallel
 from hf_mm.trainers.callbacks import LiveProgress
-from hf_mm.trainers.checkpointing import latest_checkpoint
-from hf_mm.trainers.recipes import (
-    RESULT_FILE,
-    claim_output_dir,
-    decisive_settings,
-    parse_recipe,
-    refuse_other_sampling,
-)
+from hf_mm.trainers.recipes import decisive_settings, is_finished, parse_recipe, refuse_other_sampling, starting_point
 
 QFORMER_STAGES = ("stage1", "retrieval")
 STAGES = (*QFORMER_STAGES, "words", "stage2", "captioning", "vqa")
@@ -797,11 +790,7 @@ def train(argv: list[str] | None = None) -> Path:
         coco_scorers()
     output_dir = Path(args.output_dir)
     settings = decisive_settings(model_args, data_args, text_args, feature_args, augment_args, eval_args, args)
-    with args.main_process_first(local=False, desc="claiming the output folder"):
-        if args.process_index == 0:
-            claim_output_dir(output_dir, settings, args.overwrite)
-        finished = (output_dir / RESULT_FILE).exists()
-    if finished:
+    if is_finished(args, settings):
         print(f"{output_dir} holds a finished run of this recipe.")
         return output_dir
 
@@ -835,7 +824,7 @@ def train(argv: list[str] | None = None) -> Path:
     )
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(LiveProgress())
-    trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))
+    trainer.train(resume_from_checkpoint=starting_point(args, settings))
     if model_args.stage == "words":
         trainer.model = model.warmed_up()
     trainer.save_whole_model(output_dir)

@@ -48,15 +48,15 @@ from hf_mm.models.clip.processing_clip import MMClipProcessor
 from hf_mm.models.clip.tokenization_clip import MMClipTokenizer
 from hf_mm.nn.patches import to_pair
 from hf_mm.trainers.callbacks import LiveProgress
-from hf_mm.trainers.checkpointing import latest_checkpoint
 from hf_mm.trainers.contrastive import ContrastiveTrainer, ContrastiveTrainingArguments
 from hf_mm.trainers.recipes import (
     RESULT_FILE,
-    claim_output_dir,
     decisive_settings,
     describe_machine,
+    is_finished,
     parse_recipe,
     refuse_other_sampling,
+    starting_point,
 )
 
 LOG_FILE = "log_history.json"
@@ -229,11 +229,7 @@ def train(argv: list[str] | None = None) -> Path:
     refuse_other_sampling(args)
     output_dir = Path(args.output_dir)
     settings = decisive_settings(model_args, data_args, augment_args, args)
-    with args.main_process_first(local=False, desc="claiming the output folder"):
-        if args.process_index == 0:
-            claim_output_dir(output_dir, settings, args.overwrite)
-        finished = (output_dir / RESULT_FILE).exists()
-    if finished:
+    if is_finished(args, settings):
         print(f"{output_dir} holds a finished run of this recipe.")
         return output_dir
 
@@ -252,7 +248,7 @@ def train(argv: list[str] | None = None) -> Path:
     )
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(LiveProgress())
-    trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))
+    trainer.train(resume_from_checkpoint=starting_point(args, settings))
     trainer.save_whole_model(output_dir)
 
     skipped = trainer.gather_skipped()

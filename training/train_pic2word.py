@@ -38,15 +38,8 @@ from hf_mm.evaluation.pseudo_words import evaluate_pseudo_words
 from hf_mm.models.pic2word.modeling_pic2word import Pic2WordModel, check_dual_encoder
 from hf_mm.models.pic2word.processing_pic2word import Pic2WordProcessor
 from hf_mm.trainers.callbacks import LiveProgress
-from hf_mm.trainers.checkpointing import latest_checkpoint
 from hf_mm.trainers.contrastive import ContrastiveTrainer, ContrastiveTrainingArguments
-from hf_mm.trainers.recipes import (
-    RESULT_FILE,
-    claim_output_dir,
-    decisive_settings,
-    parse_recipe,
-    refuse_other_sampling,
-)
+from hf_mm.trainers.recipes import decisive_settings, is_finished, parse_recipe, refuse_other_sampling, starting_point
 
 FEATURES = "features"  # folder of the run that keeps them
 SPLITS = ("cell", "concept")  # of the bundled pictures: known emoji in a new drawing, new emoji
@@ -241,11 +234,7 @@ def train(argv: list[str] | None = None, pictures: EmojiPictures | None = None) 
         )
     output_dir = Path(args.output_dir)
     settings = decisive_settings(model_args, data_args, feature_args, augment_args, args)
-    with args.main_process_first(local=False, desc="claiming the output folder"):
-        if args.process_index == 0:
-            claim_output_dir(output_dir, settings, args.overwrite)
-        finished = (output_dir / RESULT_FILE).exists()
-    if finished:
+    if is_finished(args, settings):
         print(f"{output_dir} holds a finished run of this recipe.")
         return output_dir
 
@@ -268,7 +257,7 @@ def train(argv: list[str] | None = None, pictures: EmojiPictures | None = None) 
     )
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(LiveProgress())
-    trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))
+    trainer.train(resume_from_checkpoint=starting_point(args, settings))
     trainer.save_whole_model(output_dir)
 
     skipped = trainer.gather_skipped() | unreadable

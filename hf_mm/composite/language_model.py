@@ -131,9 +131,9 @@ def read_embeds(
             language model has learnt.
     """
     _check_side(lm, attention_mask)
-    _check_places(lm, inputs_embeds if attention_mask is None else attention_mask)
+    _check_places(_reader(lm), inputs_embeds, attention_mask)
     if (said := lm_kwargs.get("decoder_input_ids")) is not None:
-        _check_places(lm, said)
+        _check_places(lm.get_decoder(), said)
     if attention_mask is not None and not lm.config.is_encoder_decoder and _takes_positions(lm):
         lm_kwargs.setdefault("position_ids", _positions(attention_mask)[:, -inputs_embeds.shape[1] :])
     return lm(inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **lm_kwargs)
@@ -157,7 +157,8 @@ def check_labels(lm: PreTrainedModel, labels: torch.Tensor, rows: int) -> None:
         raise ValueError(f"labels must be (texts, tokens) for {rows} texts, but their shape is {tuple(labels.shape)}.")
     if torch.compiler.is_compiling():
         return
-    size = _embedding_layer(lm).num_embeddings
+    head = lm.get_output_embeddings()
+    size = getattr(head, "out_features", None) or _embedding_layer(lm).num_embeddings
     outside = (labels != IGNORED) & ((labels < 0) | (labels >= size))
     if outside.any():
         raise ValueError(
@@ -206,7 +207,7 @@ def label_logits(
         beside = {
             name: given[:, :-1]
             for name, given in lm_kwargs.items()
-            if isinstance(given, torch.Tensor) and given.shape == labels.shape
+            if isinstance(given, torch.Tensor) and given.ndim == 2 and given.shape[1] == labels.shape[1]
         }
         inputs_embeds, begun = read_once(lm, inputs_embeds, 0 if beside else shared, one_picture)
         targets = targets[:, -inputs_embeds.shape[1] :]
@@ -311,8 +312,7 @@ def generate_from_embeds(
     given = generate_kwargs.pop("generation_config", None)
     if _generation_field("guidance_scale", generate_kwargs, given, lm) not in (None, 1.0):
         raise ValueError("guidance_scale needs a second text without pictures, which is not supported: leave it out.")
-    new = 0 if lm.config.is_encoder_decoder else _generation_field("max_new_tokens", generate_kwargs, given, lm) or 1
-    _check_places(lm, inputs_embeds if attention_mask is None else attention_mask, max(new - 1, 0))
+    _check_places(_reader(lm), inputs_embeds, attention_mask)
     names = ("pad_token_id", "eos_token_id", "repetition_penalty")
     pad, eos, penalty = (_generation_field(name, generate_kwargs, given, lm) for name in names)
     if pad is None and eos is not None:
@@ -408,7 +408,7 @@ def _scale_outside(lm: PreTrainedModel) -> float:
 def _check_slots(lm: PreTrainedModel, input_ids: torch.Tensor, slots: torch.Tensor, soft_tokens: torch.Tensor) -> None:
     count, size = soft_tokens.shape[0] * soft_tokens.shape[1], _embedding_layer(lm).num_embeddings
     if torch.compiler.is_compiling():
-        torch._assert_async(slots.sum() == count, f"the text has not the {count} slots of its soft tokens.")
+        torch._assert_async(slots.sum() == count, "the text has not as many slots as there are soft tokens.")
         return
     if (found := int(slots.sum())) != count:
         raise ValueError(f"the text has {found} slots for {count} soft tokens: give as many of both.")
@@ -420,26 +420,29 @@ def _check_slots(lm: PreTrainedModel, input_ids: torch.Tensor, slots: torch.Tens
         )
 
 
-def _check_places(lm: PreTrainedModel, given: torch.Tensor, more: int = 0) -> None:
-    """Refuses texts of more places than a language model has learnt, given as a mask or as whatever is (B, T, ...)."""
-    limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None or given.shape[1] + more <= limit:
+def _reader(lm: PreTrainedModel) -> nn.Module:
+    """What reads embeddings: the whole of a decoder-only language model, or an encoder."""
+    return lm.get_encoder() if lm.config.is_encoder_decoder else lm
+
+
+def _check_places(reader: nn.Module, given: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
+    """Refuses texts ``(B, T, ...)`` of more places than were learnt. Angles and waves of any place can be computed."""
+    limit = getattr(reader.config.get_text_config(), "max_position_embeddings", None)
+    if torch.compiler.is_compiling() or limit is None or given.shape[1] <= limit:
         return
-    tables = (name for name, module in lm.named_modules() if isinstance(module, nn.Embedding) and _is_of_places(name))
-    if next(tables, None) is None:  # angles of any place can be computed
+    if not any(_is_table_of_places(name, module) for name, module in reader.named_modules()):
         return
-    padded = given.ndim == 2 and not lm.config.is_encoder_decoder
-    longest = int(given.sum(dim=1).max()) if padded else given.shape[1]
-    if longest + more > limit:
-        to_say = f" and {more + 1} to say" if more else ""
+    padded = attention_mask is not None and not reader.config.is_encoder_decoder
+    longest = int(attention_mask.sum(dim=1).max()) if padded else given.shape[1]
+    if longest > limit:
         raise ValueError(
-            f"a text has {longest} places, pictures included{to_say}, but {lm.config.model_type} has learnt {limit}: "
-            "shorten it."
+            f"a text has {longest} places, pictures included, but {reader.config.model_type} has learnt {limit}: shorten it."
         )
 
 
-def _is_of_places(name: str) -> bool:
-    return name.rpartition(".")[2] in ("wpe", "embed_positions", "position_embeddings")
+def _is_table_of_places(name: str, module: nn.Module) -> bool:
+    named = name.rpartition(".")[2] in ("wpe", "embed_positions", "position_embeddings")
+    return named and isinstance(module, nn.Embedding) and "Sinusoidal" not in type(module).__name__
 
 
 def _check_side(lm: PreTrainedModel, attention_mask: torch.Tensor | None, generates: bool = False) -> None:

@@ -20,7 +20,7 @@ from .freezing import checkpoints_unheld, freeze, has_adapters, hold_frozen, is_
 TRAINED_PART = "trained_part.safetensors"
 BASE_MODELS = "base_models.json"
 
-_as_saved = ContextVar("as_saved", default=True)
+_as_saved = ContextVar("as_saved", default=False)
 
 
 class MMCompositeModel(MMPreTrainedModel):
@@ -65,7 +65,7 @@ class MMCompositeModel(MMPreTrainedModel):
         """
         if quantization_config is not None:
             kwargs["quantization_config"] = cls._for_language_model(quantization_config)
-        given = _as_saved.set(kwargs.get("dtype", "auto") == "auto" and "torch_dtype" not in kwargs)
+        given = _as_saved.set(kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) == "auto")
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         finally:
@@ -75,18 +75,24 @@ class MMCompositeModel(MMPreTrainedModel):
         return loaded
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
-        plan = super()._get_dtype_plan(dtype)
-        if _as_saved.get():
-            own = getattr(self.config, "part_dtypes", None) or {}
-            plan |= {rf"^{name}\b": getattr(torch, dtype) for name, dtype in own.items()}
-        return plan
+        """See `transformers.PreTrainedModel`, which opens a tensor that the plan does not name in the dtype that it has."""
+        saved = getattr(self.config, "part_dtypes", None)
+        if not (saved and _as_saved.get()):
+            return super()._get_dtype_plan(dtype)
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            own = saved.get(name) or saved.get(name.partition(".")[0])
+            if own and tensor.is_floating_point():
+                tensor.data = tensor.data.to(getattr(torch, own))
+        return {}
 
     def _part_dtypes(self) -> dict[str, str]:
-        """The dtype of every part, frozen or not, and parameter of its own that has another than the model."""
-        own = dict(self.named_parameters(recurse=False))
-        for name, part in self.named_children():
-            own[name] = next((tensor for tensor in part.parameters() if tensor.is_floating_point()), None)
-        others = {name: one.dtype for name, one in own.items() if one is not None and one.dtype != self.dtype}
+        """The dtype of every part, frozen or not, that has another than the model, and of every tensor that has another
+        than its part: of T5 in float16, say, of what transformers keeps in float32."""
+        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}  # without what quantisation adds
+        tensors = {name: own[name] for name in self.state_dict() if name in own and own[name].is_floating_point()}
+        parts = {name.partition(".")[0]: one.dtype for name, one in reversed(tensors.items())}
+        others = {name: dtype for name, dtype in parts.items() if dtype != self.dtype}
+        others |= {name: one.dtype for name, one in tensors.items() if one.dtype != parts[name.partition(".")[0]]}
         return {name: str(dtype).removeprefix("torch.") for name, dtype in others.items()}
 
     @classmethod
@@ -251,9 +257,18 @@ class MMCompositeModel(MMPreTrainedModel):
 
 def _refuse_adapters_of_another(model: MMCompositeModel, keys) -> None:
     """PEFT passes over what an adapter has for layers that are not there, as those of another language model."""
-    parts = tuple(model.frozen_parts)
-    strange = [key for key in keys.unexpected_keys if any(f"{part}." in key for part in parts)]
-    if strange and has_adapters(model):
+    if not keys.unexpected_keys or not has_adapters(model):
+        return
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    kinds = [f".{prefix}" for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values()]
+    parts = [f"{part}." for part in model.frozen_parts]
+    strange = [
+        key
+        for key in keys.unexpected_keys
+        if any(part in key for part in parts) and any(kind in key for kind in kinds)
+    ]
+    if strange:
         raise ValueError(
             f"the adapter is of another base: it has {strange[0]}, which this {type(model).__name__} has not; open it on "
             "the base it was trained on."

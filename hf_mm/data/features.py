@@ -317,8 +317,8 @@ def compute_features(
     batch of pictures and one shard of features.
 
     Under `torch.distributed` every rank must call this with the same pictures and a folder that all see; each computes
-    its share of the shards, and all return the whole store. Of two runs on one machine that share a folder the second
-    waits, and then computes what the first did not; runs on several machines must not write to one folder at a time.
+    its share of the shards, and all return the whole store. Of two runs that share a folder, and the place for temporary
+    files, the second waits and then computes what the first did not; others must not write to one folder at a time.
 
     Args:
         encode: from a list of pictures to ``(b, ...)``, run without gradients; the tower should be in eval mode.
@@ -664,7 +664,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Waits until no other process of this machine writes to a store, and keeps others waiting."""
     lock = Path(tempfile.gettempdir()) / "hf_mm-locks" / f"{_digest(os.path.realpath(folder))}.lock"
     with ExitStack() as held:
-        with suppress(PermissionError):  # another user's
+        with suppress(OSError):  # it is another user's, say
             lock.parent.mkdir(exist_ok=True)
             try:
                 held.enter_context(WeakFileLock(lock, timeout=1))

@@ -77,7 +77,7 @@ class Blip2Trainer(PictureTrainer):
             texts = inputs.get("input_ids", inputs.get("word_targets"))
             inputs = {**inputs, "vision_features": inputs["vision_features"].expand(len(texts), -1, -1)}
         whole = self.accelerator.unwrap_model(model)
-        whole = whole.get_base_model() if hasattr(whole, "peft_config") else whole
+        whole = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
         if model.training and isinstance(whole, MMBlip2ForImageTextRetrieval):
             draw = torch.Generator().manual_seed(stable_id(f"{self.args.seed}/{self.state.global_step}"))
             inputs = {**inputs, "generator": draw}

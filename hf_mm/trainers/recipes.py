@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files import write_json
 from ..version import __version__
+from .checkpointing import latest_checkpoint
 
 RECIPE_FILE = "recipe.json"
 RESULT_FILE = "results.json"
@@ -114,8 +115,7 @@ def refuse_other_sampling(args: TrainingArguments, *known: str) -> None:
 
 
 def claim_output_dir(output_dir: str | Path, settings: dict, overwrite: bool = False) -> None:
-    """Makes the folder of a run and writes its settings there; a folder that holds another run is refused, unless that
-    ended before it left anything.
+    """Makes the folder of a run and writes its settings there; a folder that holds another run is refused.
 
     Args:
         output_dir: where the run writes.
@@ -125,22 +125,52 @@ def claim_output_dir(output_dir: str | Path, settings: dict, overwrite: bool = F
     Raises:
         ValueError: the folder holds a run with other settings; the sentence names the first that differs.
     """
-    path = Path(output_dir) / RECIPE_FILE
-    left = [path.parent / name for name in LEFT_BY_A_RUN if (path.parent / name).exists()]
-    left += path.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    folder = Path(output_dir)
     if overwrite:
-        for file in left:
+        left = [folder / name for name in LEFT_BY_A_RUN if (folder / name).exists()]
+        for file in (*left, *folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
             _remove(file)
-    elif left and path.exists():
-        earlier = json.loads(path.read_text("utf-8"))
-        for name in sorted(settings.keys() | earlier.keys()):
-            if earlier.get(name) != settings.get(name):
-                raise ValueError(
-                    f"{output_dir} holds a run with {name} = {earlier.get(name)!r}, now it is {settings.get(name)!r}: "
-                    "choose another --output_dir, or start anew with --overwrite true or by removing that folder."
-                )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings, sort_keys=True)
+    else:
+        _refuse_another_run(folder, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RECIPE_FILE, settings, sort_keys=True)
+
+
+def is_finished(args: TrainingArguments, settings: dict) -> bool:
+    """Whether the folder of a run holds its end. Asked before anything is opened or computed.
+
+    Raises:
+        ValueError: see `claim_output_dir`.
+    """
+    if args.overwrite:
+        return False
+    _refuse_another_run(Path(args.output_dir), settings)
+    return (Path(args.output_dir) / RESULT_FILE).exists()
+
+
+def starting_point(args: TrainingArguments, settings: dict) -> str | None:
+    """The checkpoint that a run goes on from, or None, in the folder that the first process claims for it. Asked when all
+    is ready to train, so that a run that fails before leaves its folder free.
+
+    Raises:
+        ValueError: see `claim_output_dir`.
+    """
+    with args.main_process_first(local=False, desc="claiming the output folder"):
+        if args.process_index == 0:
+            claim_output_dir(args.output_dir, settings, args.overwrite)
+        return latest_checkpoint(args.output_dir)
+
+
+def _refuse_another_run(folder: Path, settings: dict) -> None:
+    if not (folder / RECIPE_FILE).exists():
+        return
+    earlier = json.loads((folder / RECIPE_FILE).read_text("utf-8"))
+    for name in sorted(settings.keys() | earlier.keys()):
+        if earlier.get(name) != settings.get(name):
+            raise ValueError(
+                f"{folder} holds a run with {name} = {earlier.get(name)!r}, now it is {settings.get(name)!r}: "
+                "choose another --output_dir, or start anew with --overwrite true or by removing that folder."
+            )
 
 
 def _remove(path: Path) -> None:

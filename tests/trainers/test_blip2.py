@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch.utils.data import Dataset
 from transformers import LlamaForCausalLM, ResNetConfig, ResNetModel
 
@@ -138,12 +138,17 @@ def test_averages_leave_out_what_could_not_be_measured(tmp_path):
     assert logs["some"] == 4.0 and "none" not in logs
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "adapters"])
+ADAPTED = {
+    "whole": lambda model: model,
+    "wrapped": lambda model: get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])),
+    "injected": lambda model: inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model),
+}
+
+
+@pytest.mark.parametrize("adapted", ADAPTED)
 def test_hard_negatives_are_a_function_of_seed_and_step(tmp_path, adapted):
     """Whatever torch's own generator says; another step or seed draws others. With adapters it has another class."""
-    model = stage1()
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])) if adapted else model
-    trainer = trainer_of(model, tmp_path)
+    trainer = trainer_of(ADAPTED[adapted](stage1()), tmp_path)
     batch = STAGE1([Pairs()[i] for i in range(16)])
     model = trainer.model.train()
 

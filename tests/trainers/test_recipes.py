@@ -78,9 +78,7 @@ def test_missing_recipe(tmp_path):
 
 
 def test_a_folder_keeps_to_one_recipe(tmp_path):
-    claim_output_dir(tmp_path / "run", {"learning_rate": 5e-3, "seed": 0})  # it ended before it left anything
     claim_output_dir(tmp_path / "run", {"learning_rate": 1e-3, "seed": 0})
-    (tmp_path / "run" / "checkpoint-2").mkdir()
     claim_output_dir(tmp_path / "run", {"learning_rate": 1e-3, "seed": 0})
     with pytest.raises(ValueError, match=r"learning_rate = 0.001, now it is 0.002: .* --overwrite true"):
         claim_output_dir(tmp_path / "run", {"learning_rate": 2e-3, "seed": 0})

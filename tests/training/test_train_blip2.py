@@ -685,6 +685,7 @@ def test_a_stage1_needs_a_language_model_and_a_stage2_has_one(tmp_path, recipe, 
         train(recipe, tmp_path / "none", "--stage", "stage2", "--model_name_or_path", clip)
     with pytest.raises(ValueError, match="is a stage 1, which has no language model: set language_model"):
         train(recipe, tmp_path / "one", "--stage", "stage2", "--model_name_or_path", stage1)
+    assert not (tmp_path / "one").exists()  # which the command put right may take
     arguments = ["--stage", "stage2", "--model_name_or_path", stage2, "--language_model", llama]
     with pytest.raises(ValueError, match="has a language model: leave language_model out"):
         train(recipe, tmp_path / "two", *arguments)

@@ -236,7 +236,7 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
         kwargs = self._checked(kwargs)
         if "cache" in kwargs:
             raise ValueError("this model reads pictures and text at once and takes no cache: call generate.")
-        if labels is not None and kwargs.get("logits_to_keep"):
+        if labels is not None and "logits_to_keep" in kwargs:
             raise ValueError("a loss needs the logits wherever there is a label: leave logits_to_keep or labels out.")
         kwargs.setdefault("use_cache", False)
         recorded = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
@@ -439,12 +439,12 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
         if labels is None:
             return
         check_labels(self.language_model, labels, input_ids.shape[0])
-        if self.config.is_encoder_decoder and not torch.compiler.is_compiling():
+        if self.config.is_encoder_decoder and not torch.compiler.is_compiling() and labels.shape == input_ids.shape:
             told = labels != IGNORED
-            if (told.any(dim=1) & ~told[:, 0]).any():
+            if told.any() and not told[:, 0].any() and (labels == input_ids)[told].all():
                 raise ValueError(
-                    "labels of an encoder-decoder begin with the first thing said, as a processor with "
-                    "is_encoder_decoder=True makes them; these stand behind a text."
+                    "an encoder would read what is to be learnt, which stands in input_ids too: make the processor with "
+                    "is_encoder_decoder=True."
                 )
 
     def _checked(self, given: dict) -> dict:

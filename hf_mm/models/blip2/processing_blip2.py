@@ -497,9 +497,10 @@ class MMBlip2Processor(ProcessorMixin):
         return self.image_token in rendered[0]
 
     def _pictures(self, messages: list[dict]) -> list:
-        if lacking := [message for message in messages if message.get("content") is None]:
-            raise ValueError(f"A message needs a content, a text or a list of items, but one is {lacking[0]}.")
-        contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+        for message in messages:
+            if message.get("content") is None and not message.get("tool_calls"):
+                raise ValueError(f"A message needs a content, a text or a list of items, but one is {message}.")
+        contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
         items = [item for item in chain(*contents) if item.get("type") == "image"]
         return [_picture(item[key], key) for item in items for key in PICTURE_KEYS if key in item]
 

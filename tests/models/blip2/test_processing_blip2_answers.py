@@ -189,6 +189,14 @@ def test_messages_that_say_nothing_are_refused(image_processor, chat, message, s
         processor.apply_chat_template([message], tokenize=True)
 
 
+def test_a_call_of_a_tool_needs_no_content(image_processor, chat):
+    processor = MMBlip2Processor(image_processor, chat, num_query_tokens=QUERIES)
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    for message in (call, {**call, "content": None}):
+        template = "{% for message in messages %}{{ message.tool_calls[0].function.name }}{% endfor %}"
+        assert processor.apply_chat_template([message], template) == "f"
+
+
 def test_a_mask_of_the_assistants_tokens_is_refused(image_processor, chat):
     processor = MMBlip2Processor(image_processor, chat, num_query_tokens=QUERIES)
     with pytest.raises(ValueError, match="return_assistant_tokens_mask is not for texts with pictures"):

@@ -439,11 +439,13 @@ def test_texts_are_ids_alone():
 
 
 def test_encoder_decoders_refuse_the_labels_of_others():
-    """Which stand behind the text, and would let the encoder read them."""
+    """Which stand behind the text, where the encoder reads them."""
     model, batch = stage2(language_model="t5"), batch_of([[*slots(), 5, 6, 7]])
     labels = torch.tensor([[-100] * 4 + [6, 7]])
-    with pytest.raises(ValueError, match="as a processor with is_encoder_decoder=True makes them"):
+    with pytest.raises(ValueError, match="an encoder would read what is to be learnt, .* is_encoder_decoder=True"):
         model(**batch, pixel_values=pictures(1), labels=labels)
+    others = torch.tensor([[-100] * 4 + [8, 7]])  # the start of what is said is given
+    assert model(**batch, pixel_values=pictures(1), labels=others).loss > 0
     none = torch.full((1, 6), -100)  # of a row from which nothing is learnt
     assert model.train()(**batch, pixel_values=pictures(1), labels=none).loss == 0
 
@@ -750,7 +752,7 @@ def test_a_compiled_model_passes_over_no_picture():
     model, image = stage2(), pictures(1)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     compiled(**batch_of([[*slots(), 5]]), pixel_values=image)
-    with pytest.raises(RuntimeError, match="the text has not the 3 slots of its soft tokens"):
+    with pytest.raises(RuntimeError, match="the text has not as many slots as there are soft tokens"):
         compiled(**batch_of([[5, 6, 7, 8]]), pixel_values=image)
     with pytest.raises(RuntimeError, match="a text has slots of a picture in part: 3 are one"):
         compiled(**batch_of([[SLOT, SLOT, 5, 6], [SLOT, 5, 6, 7]]), pixel_values=image)
