@@ -61,7 +61,7 @@ language-model: $(STAMP)
 
 # One thread a worker: the workers already fill the cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu and not slow"
 
 coverage: $(STAMP)
 	$(BIN)/coverage erase

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import run_forked
 from toy_run import toy_trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -31,7 +32,7 @@ def weights(output_dir: Path) -> bytes:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> bytes:
     output_dir = tmp_path_factory.mktemp("undisturbed")
-    done = run(output_dir)
+    done = run_forked(SCRIPT, output_dir)
     assert done.returncode == 0, done.stderr
     return weights(output_dir)
 
@@ -39,11 +40,11 @@ def undisturbed(tmp_path_factory) -> bytes:
 def test_killed_at_seven_points_in_turn(tmp_path, undisturbed):
     kill_points = ["step:3", "open:config.json", "open:trainer_state.json", "rename", "rotate", "step:7", "final"]
     for kill_at in kill_points:
-        killed = run(tmp_path, kill_at)
+        killed = run_forked(SCRIPT, tmp_path, kill_at)
         assert killed.returncode == -signal.SIGKILL, f"{kill_at}: {killed.stderr}"
         for checkpoint in tmp_path.glob("checkpoint-*"):
             assert (checkpoint / TRAINER_STATE_NAME).is_file(), f"{kill_at} left half of {checkpoint.name}"
-    done = run(tmp_path)
+    done = run_forked(SCRIPT, tmp_path)
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path) == undisturbed
 
@@ -65,7 +66,7 @@ def test_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, undisturbed):
     assert "checkpoint-4 could not be written" in last_line
     assert "checkpoint-2 is whole" in last_line
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-2"]
-    done = run(tmp_path)
+    done = run_forked(SCRIPT, tmp_path)
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path) == undisturbed
 
