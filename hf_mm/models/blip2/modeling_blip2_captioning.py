@@ -49,7 +49,8 @@ class MMBlip2ForQFormerCaptioning(MMBlip2PreTrainedModel, GenerationMixin):
         super().__init__(config, vision_tower)
         if not config.qformer_config.use_text:
             raise ValueError(
-                "captions are texts of the Q-Former, which this one has none of, as in a stage 2: open a stage 1, or set use_text."
+                "captions are texts of the Q-Former, which this one has none of, as in a stage 2: open a stage 1, or set "
+                "use_text."
             )
         self.lm_head = QFormerLMHead(config.qformer_config)
         self.post_init()

@@ -83,7 +83,8 @@ class MMBlip2ForImageTextRetrieval(MMBlip2PreTrainedModel):
         width = config.qformer_config.hidden_size
         if not config.qformer_config.use_text:
             raise ValueError(
-                "pictures are compared with texts, which this Q-Former cannot read, as in a stage 2: open a stage 1, or set use_text."
+                "pictures are compared with texts, which this Q-Former cannot read, as in a stage 2: open a stage 1, or "
+                "set use_text."
             )
         self.vision_projection = nn.Linear(width, config.joint_dim)
         self.text_projection = nn.Linear(width, config.joint_dim)

@@ -185,8 +185,8 @@ class MMBlip2Processor(ProcessorMixin):
                 - ``"vqa"``: the text is a question, the suffix, in training, its answer;
                 - ``"prefix_lm"``: the text is a caption, of which the model is given a prefix and learns the rest.
             num_images: instead of images, how many pictures each text holds whose features the model will be given.
-            rng: where ``"prefix_lm"`` splits: a generator or its seed, or for each text what `numpy.random.default_rng` takes, such
-                as (seed, epoch, index).
+            rng: where ``"prefix_lm"`` splits: a generator or its seed, or for each text what `numpy.random.default_rng`
+                takes, such as (seed, epoch, index).
             **kwargs: options of the image processor and the tokenizer (`padding`, `padding_side`, `pad_to_multiple_of`,
                 `truncation`, `max_length`, `add_special_tokens`). In stage 2 `max_length` bounds the whole row,
                 pictures included, and texts are cut in training (see `max_text_length`) but not to generate, unless
