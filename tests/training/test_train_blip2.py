@@ -475,6 +475,13 @@ def test_answers_are_learnt_with_questions_in_the_qformer(tmp_path, recipe, stag
     assert results_of(train(recipe, tmp_path / "vqa", *arguments))["metrics"]["answers"]["held_out"] == result
 
 
+def test_questions_of_another_qformer_are_refused(stage1, stage2):
+    model, _ = train_blip2.open_blip2(MMBlip2ForConditionalGeneration, stage2)
+    model.config.qformer_config.intermediate_size += 8
+    with pytest.raises(ValueError, match="the Q-Former of .* has intermediate_size = .*, that of the model"):
+        train_blip2.read_questions(model, str(stage1))
+
+
 def test_questions_enter_a_model_that_keeps_its_own_settings(tmp_path, stage1, stage2):
     """Of stage 1 come the words alone; at another size too the model is opened again."""
     model, processor = train_blip2.open_blip2(MMBlip2ForConditionalGeneration, stage2)

@@ -335,8 +335,7 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
             ValueError: see `forward`.
         """
         self.hold_frozen_parts()
-        if kwargs.pop("inputs_embeds", None) is not None:
-            raise ValueError("texts are given as input_ids, with slots for the pictures, and not as inputs_embeds.")
+        kwargs = _without_embeds(kwargs)
         if input_ids is None:
             input_ids = self._pictures_alone(pixel_values, vision_features)
         self._check_shapes(input_ids, attention_mask)
@@ -450,9 +449,7 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
     def _checked(self, given: dict) -> dict:
         """What of the arguments says something (PEFT adds some of None). Refuses what nobody would read, such as pictures by
         another name."""
-        given = {name: value for name, value in given.items() if value is not None}
-        if "inputs_embeds" in given:
-            raise ValueError("texts are given as input_ids, with slots for the pictures, and not as inputs_embeds.")
+        given = {name: value for name, value in _without_embeds(given).items() if value is not None}
         for name in () if torch.compiler.is_compiling() else given:
             if name not in TransformersKwargs.__annotations__ and not takes(self.language_model, name):
                 raise TypeError(
@@ -473,6 +470,13 @@ class MMBlip2ForConditionalGeneration(MMBlip2PreTrainedModel, GenerationMixin):
                 f"input_ids have {per_row.tolist()} image slots a row (id {self.config.image_token_id}), but {num_images} "
                 f"pictures need {number} each: prepare text and pictures with one call of the processor."
             )
+
+
+def _without_embeds(given: dict) -> dict:
+    """Raises ValueError where texts are given as embeddings, in which no slot could be told."""
+    if given.get("inputs_embeds") is not None:
+        raise ValueError("texts are given as input_ids, with slots for the pictures, and not as inputs_embeds.")
+    return {name: value for name, value in given.items() if name != "inputs_embeds"}
 
 
 __all__ = [
